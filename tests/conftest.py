@@ -1,0 +1,25 @@
+"""Four simulated devices for every test, pinned before JAX starts; shapes checked at call."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tinylm import machine
+
+CACHE = Path(__file__).parent.parent / ".pytest_cache" / "tinylm"
+os.environ.setdefault("TINYLM_CACHE", str(CACHE))
+machine.pin(devices=4)
+
+from jaxtyping import install_import_hook  # noqa: E402
+
+HOOK = install_import_hook("tinylm.model", "beartype.beartype")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of published runs and fixtures beside the repository, where there is one."""
+    folder = Path(__file__).resolve().parents[2] / "shared"
+    if not folder.exists():
+        pytest.skip("../shared is not beside this clone; its sibling test on our own data ran")
+    return folder

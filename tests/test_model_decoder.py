@@ -1,0 +1,108 @@
+"""The decoder: what may see what, and that every way of running it is the same function."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tinylm.config import BadInput
+from tinylm.model.attention import KeyValue
+from tinylm.model.decoder import ModelConfig, init, rebuild
+
+SMALL = ModelConfig(V=50, D=16, L=2, H=2, T=24)
+
+
+def drawn(config: ModelConfig, seed: int = 0):
+    """Parameters with every leaf away from its initial zeros and ones."""
+    rng = np.random.default_rng(seed)
+    noise = lambda a: a + 0.1 * rng.standard_normal(a.shape).astype(np.float32)  # noqa: E731
+    return jax.tree.map(noise, init(config, jax.random.key(seed)))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def forward(config, params, x, unroll=True, segments=None):
+    """The model, compiled."""
+    return rebuild(config, params)(x, segments=segments, unroll=unroll)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def extend(config, params, *rest):
+    """One cached step, compiled."""
+    return rebuild(config, params).extend(*rest)
+
+
+def tokens(config: ModelConfig, B: int = 2, seed: int = 3):
+    return jax.random.randint(jax.random.key(seed), (B, config.T), 6, config.V)
+
+
+@pytest.mark.parametrize("kind", ["transformer", "position_weights"])
+def test_future_tokens_do_not_change_past_logits_by_gradient(kind):
+    config = ModelConfig(kind=kind, V=50, D=16, T=24)
+    params, t = drawn(config), 11
+    name = "weight" if kind == "transformer" else None
+
+    def logits_at_t(table):
+        """Give each position its own row of the table, so that a gradient names positions."""
+        own = {**params, "embed_tokens": {name: table} if name else table[None].repeat(24, 0)}
+        wide = ModelConfig(kind=kind, V=config.T, D=16, T=24, tied=True)
+        return rebuild(wide, own)(jnp.arange(config.T)[None])[0, t, :t].sum()
+
+    if kind == "position_weights":
+        params = {**params, "lm_head": params["lm_head"][:, : config.T]}
+    table = jax.random.normal(jax.random.key(9), (config.T, 16))
+    moved = np.abs(np.asarray(jax.jit(jax.grad(logits_at_t))(table))).sum(axis=1)
+    assert (moved[: t + 1] > 0).all(), "position t must see itself and its past"
+    assert (moved[t + 1 :] == 0).all(), "position t sees the future"
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("tied", [True, False])
+def test_scanned_layers_equal_unrolled_ones(groups, tied):
+    config = ModelConfig(V=50, D=16, L=3, H=2, G=groups, T=24, tied=tied)
+    params, x = drawn(config), tokens(config)
+    one, other = forward(config, params, x, True), forward(config, params, x, False)
+    np.testing.assert_allclose(one, other, atol=2e-6)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_cached_decode_equals_the_full_forward_pass(groups):
+    config = ModelConfig(V=50, D=16, L=2, H=2, G=groups, T=24)
+    params, x = drawn(config), tokens(config)
+    shape = (2, 2, config.T, groups, config.head_width)
+    cache, begin = KeyValue(jnp.zeros(shape), jnp.zeros(shape)), jnp.zeros(2, jnp.int32)
+    parts, start = [], 0
+    for width in (9, 1, 1, 5, 8):
+        logits, cache = extend(config, params, x[:, start : start + width], cache, start, begin)
+        parts.append(logits)
+        start += width
+    np.testing.assert_allclose(jnp.concatenate(parts, 1), forward(config, params, x), atol=5e-6)
+
+
+def test_packed_segments_equal_each_sequence_alone():
+    params, x = drawn(SMALL), tokens(SMALL, 1)
+    segments = jnp.array([[1] * 10 + [2] * 14])
+    packed = forward(SMALL, params, x, True, segments)
+    for part in (slice(0, 10), slice(10, 24)):
+        np.testing.assert_allclose(packed[:, part], forward(SMALL, params, x[:, part]), atol=5e-6)
+
+
+def test_bf16_compute_stays_near_f32_and_keeps_f32_parameters():
+    params, x = drawn(SMALL), tokens(SMALL)
+    full = forward(SMALL, params, x)
+    half = forward(ModelConfig(V=50, D=16, L=2, H=2, T=24, compute="bf16"), params, x)
+    assert half.dtype == jnp.float32
+    assert 0 < float(jnp.abs(full - half).max()) < 0.1 * float(jnp.abs(full).max())
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"D": 100, "H": 8}, "D=100 is not a multiple of H=8; choose D=96 or D=104"),
+    ({"D": 6, "H": 2}, "head width 3 is odd"),
+    ({"H": 4, "G": 3}, "not a multiple of G=3"),
+    ({"V": 70000}, "65536"),
+    ({"T": 0}, "T=0 is below 1"),
+])
+def test_impossible_shapes_are_refused_in_a_line_with_a_remedy(changes, words):
+    with pytest.raises(BadInput, match=words.replace("(", r"\(")):
+        ModelConfig(**changes)

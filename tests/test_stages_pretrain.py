@@ -1,0 +1,116 @@
+"""Pretraining: it learns, and a killed run continues to the same bits."""
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from tinylm import machine
+from tinylm.config import BadInput
+from tinylm.model.decoder import ModelConfig
+from tinylm.stages.pretrain import PretrainConfig, pretrain
+from tinylm.stages.sft import load_params
+from tinylm.text import corpora, prepare
+from tinylm.train import run
+from tinylm.train.run import Stopped
+
+PLAN = machine.Plan(devices=2, micro=1, chunk=4, checkpoint_every=8)
+
+
+def story(seed: int, sentences: int = 60) -> str:
+    """A text with structure to learn: a made-up lexicon, some words always followed by others."""
+    lexicon, rng = np.random.default_rng(0), np.random.default_rng(seed)
+    syllables = [a + b for a in "bdfgklmnprstvw" for b in ("a", "e", "i", "o", "u", "an", "er")]
+    words = ["".join(lexicon.choice(syllables, lexicon.integers(1, 4))) for _ in range(300)]
+    out = []
+    for _ in range(sentences):
+        at = rng.integers(300, size=rng.integers(2, 6))
+        out.append(" ".join(f"{words[i]} {words[(i * 7 + 1) % 300]}" for i in at).capitalize())
+    return ". ".join(out) + ".\n"
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    for n in range(30):
+        (folder / f"{n:02d}.txt").write_text(story(n))
+    corpus = corpora.load(sorted(map(str, folder.glob("*.txt"))))
+    return prepare.prepare(folder / "prepared", corpus, 96)[0]
+
+
+@pytest.fixture(scope="session")
+def config(data):
+    model = ModelConfig(V=data.V, D=16, L=2, H=2, T=32)
+    return PretrainConfig(model, steps=30, batch=128, data_id=data.id)
+
+
+def bits(folder: Path, config: PretrainConfig) -> str:
+    """Hash the final parameters and the metrics log."""
+    total = hashlib.sha256((folder / "metrics.jsonl").read_bytes())
+    for leaf in jax.tree.leaves(load_params(folder, config.model)):
+        total.update(np.asarray(leaf).tobytes())
+    return total.hexdigest()
+
+
+def test_training_lowers_the_heldout_loss_far_below_uniform(tmp_path, data, config):
+    record = pretrain(tmp_path / "run", config, data, PLAN)
+    assert record["status"] == "ok"
+    assert record["loss"]["nats_per_token"] < 0.8 * np.log(data.V)
+    assert 0 < record["loss"]["stderr"] < record["loss"]["nats_per_token"]
+
+
+def test_a_run_stopped_twice_ends_in_the_same_bits(tmp_path, data, config):
+    pretrain(tmp_path / "whole", config, data, PLAN)
+    whole = bits(tmp_path / "whole", config)
+    for at in (10, 20):
+        def stop(step: int, loss: float, at: int = at) -> None:
+            if step >= at:
+                raise Stopped("pulled the plug")
+
+        with pytest.raises(Stopped):
+            pretrain(tmp_path / "parts", config, data, PLAN, stop)
+    assert run.record(tmp_path / "parts") is None
+    pretrain(tmp_path / "parts", config, data, PLAN)
+    assert bits(tmp_path / "parts", config) == whole
+    assert (tmp_path / "parts/record.json").read_text() == (
+        tmp_path / "whole/record.json").read_text()
+
+
+def test_a_finished_run_is_returned_not_trained_again(tmp_path, data, config):
+    first = pretrain(tmp_path / "run", config, data, PLAN)
+
+    def never(step: int, loss: float) -> None:
+        raise AssertionError("trained again")
+
+    assert pretrain(tmp_path / "run", config, data, PLAN, never) == first
+
+
+def test_a_resume_with_another_config_is_refused_naming_the_field(tmp_path, data, config):
+    pretrain(tmp_path / "run", config, data, PLAN)
+    with pytest.raises(BadInput, match="config.seed=0, this is config.seed=1"):
+        pretrain(tmp_path / "run", replace(config, seed=1), data, PLAN)
+
+
+@pytest.mark.parametrize(("devices", "micro"), [(1, 1), (4, 1), (1, 4), (2, 2)])
+def test_devices_and_micro_batches_do_not_change_what_is_learnt(
+        tmp_path, data, config, devices, micro):
+    plan = replace(PLAN, devices=devices, micro=micro)
+    short = replace(config, steps=6)
+    one = pretrain(tmp_path / "one", short, data, PLAN)
+    other = pretrain(tmp_path / "other", short, data, plan)
+    np.testing.assert_allclose(one["loss"]["nats_per_token"], other["loss"]["nats_per_token"],
+                               rtol=2e-5)
+
+
+def test_more_than_four_epochs_are_refused(tmp_path, data, config):
+    with pytest.raises(BadInput, match="epochs"):
+        pretrain(tmp_path / "run", replace(config, steps=100_000), data, PLAN)
+
+
+def test_divergence_is_recorded_and_keeps_no_numbers(tmp_path, data, config):
+    hot = replace(config, optim=replace(config.optim, lr=1e30, clip=1e30))
+    record = pretrain(tmp_path / "run", hot, data, PLAN)
+    assert record["status"] == "diverged" and record["loss"] is None

@@ -1,0 +1,48 @@
+"""The first k samples of a fixed list of prompts, base and chat side by side: nobody picks."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tinylm import files
+from tinylm.model.decoder import ModelConfig, Params
+from tinylm.model.generate import sample
+from tinylm.text.chat import render
+from tinylm.text.tokenizer import BOS, END, Tokenizer
+
+PROMPTS = (
+    "Hello! How are you?",
+    "What is Python?",
+    "What did you do today?",
+    "Do you like music?",
+    "And God said",
+    "The cat sat on the",
+)
+EACH = 2
+LONGEST = 60
+
+
+def side_by_side(model: ModelConfig, base: Params, chat: Params,
+                 tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """Sample EACH answers to every prompt from both, seed 0, temperature 0.8.
+
+    The base model continues the prompt as plain text; the chat model gets the template.
+    """
+    plain = [np.concatenate([[BOS], tokenizer.encode(p + "\n")]) for p in PROMPTS]
+    asked = [render([("user", p)], tokenizer, prompt=True)[0] for p in PROMPTS]
+    out: list[dict[str, Any]] = []
+    for name, params, prompts in (("base", base, plain), ("chat", chat, asked)):
+        room = min(LONGEST, model.T - 1 - max(map(len, prompts)))
+        found = sample(model, params, prompts * EACH, room, seed=0, temperature=0.8)
+        for n, ids in enumerate(found):
+            out.append({"model": name, "prompt": PROMPTS[n % len(PROMPTS)],
+                        "text": tokenizer.decode(ids), "tokens": len(ids),
+                        "ended": bool(len(ids) and ids[-1] == END)})
+    return out
+
+
+def write(path: Path, model: ModelConfig, base: Params, chat: Params,
+          tokenizer: Tokenizer) -> None:
+    """Write the samples as JSON."""
+    files.write_json(path, side_by_side(model, base, chat, tokenizer))

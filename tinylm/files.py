@@ -1,0 +1,223 @@
+"""Atomic writes, sha256, manifests and leases: the only place that opens a file for writing.
+
+A file appears whole or not at all (temporary sibling, flush, fsync, rename, fsync of the folder).
+A folder appears whole or not at all too: it is staged beside its place, sealed by a manifest of
+every file's size and sha256, and renamed. Every load of a sealed folder verifies it first.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from tinylm.config import BadInput
+
+MANIFEST = "MANIFEST.json"
+
+
+class Damaged(BadInput):
+    """A file is missing, or its bytes are not those its manifest promises."""
+
+
+class Owned(BadInput):
+    """Another process holds this folder."""
+
+
+def write_bytes(path: Path, data: bytes | memoryview) -> None:
+    """Write a whole file atomically and durably, making its folder if needed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(draft, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(draft, path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole UTF-8 file atomically."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON, atomically; NaN and infinity raise ValueError."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; a missing or torn one raises Damaged with its name."""
+    try:
+        return json.loads(Path(path).read_text("utf-8"))
+    except FileNotFoundError:
+        raise Damaged(f"{path} is missing; run the command that makes it again") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as bad:
+        raise Damaged(f"{path} is not readable JSON ({bad}); delete it and run again") from None
+
+
+def append_lines(path: Path, lines: list[str]) -> int:
+    """Append lines to a log and return its new length in bytes (the writer must hold the lease)."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as f:
+        f.write("".join(line + "\n" for line in lines).encode())
+        f.flush()
+        os.fsync(f.fileno())
+        return f.tell()
+
+
+def open_log(path: Path) -> IO[bytes]:
+    """Open a log for a child process to append to; the caller closes it."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    return open(path, "ab")
+
+
+def truncate(path: Path, size: int) -> None:
+    """Cut a log back to `size` bytes: what a resumed run appends then follows its checkpoint."""
+    path = Path(path)
+    if size == 0 and not path.exists():
+        return
+    if not path.exists() or path.stat().st_size < size:
+        raise Damaged(f"{path} is shorter than the {size} bytes its checkpoint saw; "
+                      "delete the run folder and run again")
+    with open(path, "r+b") as f:
+        f.truncate(size)
+        os.fsync(f.fileno())
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Read a JSONL log of ours; a torn line raises Damaged with its number."""
+    rows = []
+    if not Path(path).exists():
+        return rows
+    for number, line in enumerate(Path(path).read_text("utf-8").splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            raise Damaged(f"{path}:{number} is torn; delete that line") from None
+    return rows
+
+
+def sha256(path: Path) -> str:
+    """Give the sha256 of a file's bytes (64 hex digits)."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def sha256_of(data: bytes | memoryview) -> str:
+    """Give the sha256 of bytes in memory, an array's included (64 hex digits)."""
+    return hashlib.sha256(data).hexdigest()
+
+
+@contextlib.contextmanager
+def staged(folder: Path, **facts: Any) -> Iterator[Path]:
+    """Yield an empty draft folder; on success seal it and rename it to `folder`.
+
+    An existing `folder` is replaced. After an exception nothing is left of the draft.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir()
+    try:
+        yield draft
+        seal(draft, **facts)
+        if folder.exists():
+            old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+            os.replace(folder, old)
+            os.replace(draft, folder)
+            shutil.rmtree(old)
+        else:
+            os.replace(draft, folder)
+        _sync_folder(folder.parent)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+
+
+def seal(folder: Path, **facts: Any) -> None:
+    """Write the manifest of every file below `folder`, last; `facts` are kept beside it."""
+    listed = {}
+    for path in _below(folder):
+        with open(path, "rb") as f:
+            os.fsync(f.fileno())
+        name = str(path.relative_to(folder))
+        listed[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    write_json(Path(folder) / MANIFEST, {"schema": 1, **facts, "files": listed})
+
+
+def problems(folder: Path) -> list[str]:
+    """List in words every way in which a sealed folder differs from its manifest."""
+    folder = Path(folder)
+    try:
+        manifest = read_json(folder / MANIFEST)
+        listed = {str(k): (v["bytes"], v["sha256"]) for k, v in manifest["files"].items()}
+    except (Damaged, KeyError, TypeError, AttributeError) as bad:
+        return [f"{folder / MANIFEST}: {bad}"]
+    found = {str(p.relative_to(folder)): p for p in _below(folder)}
+    out = [f"{folder / name} is missing" for name in listed if name not in found]
+    out += [f"{folder / name} is not in the manifest" for name in found if name not in listed]
+    for name, (size, want) in listed.items():
+        path = found.get(name)
+        if path is None:
+            continue
+        if path.is_symlink():
+            out.append(f"{path} is a symbolic link")
+        elif path.stat().st_size != size:
+            out.append(f"{path} has {path.stat().st_size} bytes, its manifest says {size}")
+        elif sha256(path) != want:
+            out.append(f"{path} has other bytes than its manifest's sha256")
+    return out
+
+
+def verified(folder: Path) -> dict[str, Any]:
+    """Return a sealed folder's manifest once every file in it has passed, or raise Damaged."""
+    found = problems(folder)
+    if found:
+        more = f" (and {len(found) - 1} more)" if found[1:] else ""
+        raise Damaged(f"{found[0]}{more}; delete {folder} and run again")
+    return read_json(Path(folder) / MANIFEST)
+
+
+@contextlib.contextmanager
+def lease(folder: Path) -> Iterator[None]:
+    """Hold a folder for one writer; Owned says who has it. Ends with the process, however."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lease", "a+b") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            f.seek(0)
+            owner = f.read(200).decode("utf-8", "replace").strip() or "another process"
+            raise Owned(f"{folder} is being written by {owner}; wait for it or stop it") from None
+        f.truncate(0)
+        f.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+        f.flush()
+        for litter in list(folder.rglob(".*.tmp")) + list(folder.rglob(".*.old")):
+            shutil.rmtree(litter) if litter.is_dir() else litter.unlink(missing_ok=True)
+        yield
+
+
+def _below(folder: Path) -> list[Path]:
+    paths = sorted(p for p in Path(folder).rglob("*") if p.is_symlink() or p.is_file())
+    return [p for p in paths if p != Path(folder) / MANIFEST]
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

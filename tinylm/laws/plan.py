@@ -1,0 +1,66 @@
+"""Turn budgets into the cells of an isoFLOP sweep: which size, how many tokens, which cost."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+from tinylm.config import BadInput
+from tinylm.laws.accounting import Shape, flops_per_token, parameters
+
+LEAST_SIZES = 4  # fewer cannot show a minimum with a residual
+
+
+class Cell(NamedTuple):
+    """One run of a sweep."""
+
+    flops: float  # exact training FLOPs of the whole steps, attention's causal half counted
+    shape: Shape
+    tokens: int
+    steps: int
+    params: int  # body and head
+    budget: float  # FLOPs asked for: the label to group by
+
+
+def centre(flops: float) -> float:
+    """Give the params (body and head) of least loss to expect at a budget.
+
+    113k (flops / 1e12)^.489 from our pilot of 1e11-6.4e12 FLOPs on the default corpus; elsewhere
+    it is only where to start looking.
+    """
+    return 113e3 * (flops / 1e12) ** 0.489
+
+
+def isoflop_grid(budgets: list[float], shapes: list[Shape], per_budget: int, spread: float,
+                 batch_tokens: int, centre: Callable[[float], float] = centre) -> list[Cell]:
+    """Choose `per_budget` shapes a budget, evenly in log params within `spread` of the centre.
+
+    Fewer are taken where fewer fit; under 4 raise BadInput. Tokens are whole steps.
+    """
+    return [cell for budget in budgets
+            for cell in _row(budget, shapes, per_budget, spread, batch_tokens, centre(budget))]
+
+
+def cell(budget: float, shape: Shape, batch_tokens: int) -> Cell:
+    """Give the run of one shape that comes closest to a budget in whole steps."""
+    each = flops_per_token(shape)
+    steps = round(budget / each / batch_tokens)
+    if steps < 1:
+        raise BadInput(f"{budget:.3g} FLOPs are under half a step of {each * batch_tokens:.3g}; "
+                       "lower batch_tokens or raise the budget")
+    tokens = steps * batch_tokens
+    return Cell(each * tokens, shape, tokens, steps, parameters(shape).law, budget)
+
+
+def _row(budget, shapes, per_budget, spread, batch_tokens, middle):
+    fitting = {s: math.log(parameters(s).law / middle) for s in shapes}
+    fitting = {s: off for s, off in fitting.items() if abs(off) <= math.log(spread)}
+    if len(fitting) < LEAST_SIZES or per_budget < LEAST_SIZES:
+        raise BadInput(f"{min(len(fitting), per_budget)} sizes at {budget:.3g} FLOPs within "
+                       f"{spread:g} times of {middle:.3g} params, {LEAST_SIZES} are needed; "
+                       "add shapes, widen the spread or ask for more")
+    chosen = []
+    for i in range(min(per_budget, len(fitting))):
+        aim = math.log(spread) * (2 * i / (per_budget - 1) - 1)
+        chosen.append(min(fitting, key=lambda s: abs(fitting[s] - aim)))
+        del fitting[chosen[-1]]
+    return sorted((cell(budget, s, batch_tokens) for s in chosen), key=lambda c: c.params)

@@ -1,0 +1,148 @@
+"""What a person sees in the terminal while a study runs: bars, a live table, short tables."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from tinylm.laws.forecast import Forecast, Score
+from tinylm.stages.pretrain import PretrainConfig, counts
+from tinylm.sweep import runner
+from tinylm.text.corpora import Corpus
+from tinylm.text.shards import Dataset
+from tinylm.train.batch import windows
+
+console = Console(stderr=True)
+QUIET_SECONDS = 15.0
+"""between two lines of progress where there is no terminal"""
+
+
+def say(what: Any) -> None:
+    """Print text or a table for a person (stderr; stdout is for results)."""
+    console.print(what)
+
+
+@contextlib.contextmanager
+def bar(title: str, steps: int = 0) -> Iterator[Callable[..., None]]:
+    """Show one bar; the yielded function takes (share) or, with `steps`, (step, loss)."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"),
+               TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as shown:
+        task = shown.add_task(title, total=steps or 1.0, note="")
+        said = time.monotonic()
+
+        def update(done: float, loss: float | None = None) -> None:
+            nonlocal said
+            note = "" if loss is None else f"loss {loss:.3f}"
+            shown.update(task, completed=done, note=note)
+            if not console.is_terminal and time.monotonic() - said > QUIET_SECONDS:
+                said = time.monotonic()
+                console.print(f"{title}: {done / (steps or 1.0):.0%} {note}")
+
+        yield update
+
+
+@contextlib.contextmanager
+def live(title: str) -> Iterator[Callable[[runner.Progress], None]]:
+    """Show a sweep's live table; without a terminal, a line now and then."""
+    with Live(console=console, refresh_per_second=2, transient=True) as shown:
+        said = 0.0
+
+        def watch(p: runner.Progress) -> None:
+            nonlocal said
+            if console.is_terminal:
+                shown.update(_sweep_table(title, p))
+            elif time.monotonic() - said > QUIET_SECONDS:
+                said = time.monotonic()
+                console.print(_sweep_line(title, p))
+
+        yield watch
+    # the finished table stays
+
+
+def _sweep_line(title: str, p: runner.Progress) -> str:
+    ended = sum(s not in ("waiting", "running") for s in p.status.values())
+    left = p.seconds_left
+    eta = "" if left is None else f", about {left / 60:.1f} min left"
+    return f"{title}: {ended} of {len(p.status)} runs, {p.flops / p.total:.0%} of the FLOPs{eta}"
+
+
+def _sweep_table(title: str, p: runner.Progress) -> Table:
+    table = Table(title=_sweep_line(title, p))
+    for column in ("run", "done", "loss", "status"):
+        table.add_column(column, justify="right" if column in ("done", "loss") else "left")
+    shown = [n for n, s in p.status.items() if s != "waiting"][-14:]
+    for name in shown:
+        loss = p.losses[name]
+        table.add_row(name, f"{p.steps[name] / p.configs[name].steps:.0%}",
+                      "" if loss is None else f"{loss:.3f}", p.status[name])
+    return table
+
+
+def listing(configs: list[PretrainConfig], data: Dataset, rate: float) -> Table:
+    """List runs before they are trained; `rate` in FLOP/s gives their expected time."""
+    table = Table(title=f"{len(configs)} runs, {sum(c.flops for c in configs):.2e} FLOPs, about "
+                        f"{sum(c.flops for c in configs) / rate / 60:.1f} min")
+    for column in ("kind", "width", "params", "tokens", "tokens/param", "epochs", "FLOPs", "lr",
+                   "seconds"):
+        table.add_column(column, justify="right")
+    for c in configs:
+        size = counts(c.model)
+        params = size["head"] + size["blocks"]
+        epochs = c.tokens / (windows(data.train, c.model.T) * c.model.T)
+        table.add_row(c.model.kind, str(c.model.D), str(params), str(c.tokens),
+                      f"{c.tokens / params:.1f}", f"{epochs:.2f}", f"{c.flops:.2e}",
+                      f"{c.optim.lr:.2e}", f"{c.flops / rate:.0f}")
+    return table
+
+
+def corpus(c: Corpus) -> str:
+    """Say what was read."""
+    read = ", ".join(f"{r['name']}: {r['documents']} documents, {r['bytes'] / 1e6:.2f} MB"
+                     for r in c.read)
+    return (f"read {read}; {c.duplicates} duplicates dropped; {len(c.train)} documents to train "
+            f"on, {len(c.heldout)} held out")
+
+
+def baselines(found: dict[str, Any]) -> str:
+    """Give the n-gram losses in a line."""
+    return "n-gram tables, bits per byte: " + ", ".join(
+        f"{order}: {t['bits_per_byte']:.3f}" for order, t in found["tables"].items())
+
+
+def tuning(verdict: list[dict[str, Any]]) -> str:
+    """Say which rates did best."""
+    return "\n".join(
+        f"rate check at D={v['width']}: best {v['best']:.2e} of "
+        + ", ".join(f"{r:.2e}" for r in v["rates"])
+        + (" (AT AN EDGE: the rule may be off)" if v["at_edge"] else "") for v in verdict)
+
+
+def law(fitted: dict[str, Any]) -> str:
+    """Give the exponents and the frontier in lines."""
+    e, f = fitted["exponents"], fitted["frontier"]
+    refused = [m for m in fitted["minima"] if not m["bracketed"]]
+    lines = [f"budget {m['flops']:.2e}: no minimum, {m['reason']}" for m in refused]
+    if "refused" in e or "refused" in f:
+        return "\n".join([*lines, e.get("refused", ""), f.get("refused", "")])
+    return "\n".join([*lines, f"best size ~ C^{e['a']:.3f} (se {e['a_se']:.3f}), best loss = "
+                              f"{f['A']:.3g} C^-{f['gamma']:.4f}"])
+
+
+def forecast(f: Forecast, sha: str) -> str:
+    """Say what was forecast."""
+    return (f"forecast for {f.target_flops:.2e} FLOPs, {f.target_params:.0f} parameters: "
+            f"{f.predicted:.4f} nats [{f.low:.4f}, {f.high:.4f}], written as {sha[:12]}")
+
+
+def score(s: Score) -> str:
+    """Say how wrong the forecast was."""
+    where = "inside" if s.inside else "OUTSIDE"
+    return (f"forecast {s.predicted:.4f}, measured {s.measured:.4f} nats: error "
+            f"{s.error_percent:+.2f}%, {where} the interval; naive slope "
+            f"{s.naive_error_percent:+.2f}%")

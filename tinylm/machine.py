@@ -1,0 +1,128 @@
+"""What must be pinned before JAX starts, the execution plan, devices, mesh and what to record.
+
+The config says what is trained; the plan says how it is executed (design: two things). Bits are
+the same for the same config, plan, versions and CPU instruction set. JAX is imported inside the
+functions, because `pin` has to run before it.
+"""
+
+import dataclasses
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tinylm.config import BadInput
+
+CACHE = Path(os.environ.get("TINYLM_CACHE", Path.home() / ".cache" / "tinylm"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How a run is executed; written to its folder before the first step and never changed."""
+
+    devices: int = 1
+    """devices the batch is split over (the mesh's data axis)"""
+    micro: int = 1
+    """sequences a device holds at once; 1 keeps a small model's backward pass in cache"""
+    chunk: int = 16
+    """steps in one call of the compiled program, and between two rows of metrics"""
+    unroll: bool = True
+    """layers written out one after the other instead of scanned (faster on a CPU to L=6)"""
+    checkpoint_every: int = 512
+    """steps between checkpoints, rounded up to whole chunks"""
+
+
+def pin(devices: int = 1, cores: tuple[int, ...] = ()) -> None:
+    """Set what the bits and the speed of a process depend on; call before JAX is imported.
+
+    NPROC of 2 or more makes large matrix products independent of the number of cores; threefry
+    makes random numbers independent of sharding; each CPU device computes on one thread.
+    """
+    if "jax" in sys.modules:
+        raise RuntimeError("machine.pin must run before jax is imported")
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_cpu_multi_thread_eigen" not in flags:
+        flags = f"{flags} --xla_cpu_multi_thread_eigen=false".strip()
+    os.environ["XLA_FLAGS"] = flags
+    os.environ["NPROC"] = str(max(2, devices))
+    os.environ["JAX_NUM_CPU_DEVICES"] = str(devices)
+    os.environ.setdefault("JAX_THREEFRY_PARTITIONABLE", "1")
+    os.environ.setdefault("JAX_DEFAULT_PRNG_IMPL", "threefry2x32")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "xla"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    if cores and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, cores)
+
+
+def cores() -> list[int]:
+    """List the CPU cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def survey() -> tuple[str, int]:
+    """Ask a fresh process for JAX's backend and its number of devices (1 for a CPU).
+
+    A process of its own, because asking here would start JAX and take a GPU's memory.
+    """
+    code = "import jax; print(jax.default_backend(), jax.device_count())"
+    env = {**os.environ, "JAX_NUM_CPU_DEVICES": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    if done.returncode:
+        raise BadInput(f"JAX does not start here: {done.stderr.strip().splitlines()[-1]}")
+    backend, count = done.stdout.split()[-2:]
+    return backend, int(count)
+
+
+def plan_for(rows: int, backend: str, count: int, **changes: Any) -> Plan:
+    """Give the plan of one run alone: `rows` sequences a step over the devices at hand."""
+    available = len(cores()) if backend == "cpu" else count
+    devices = max(d for d in range(1, available + 1) if rows % d == 0)
+    if backend == "cpu":
+        plan = Plan(devices=devices)
+    else:
+        plan = Plan(devices=devices, micro=max(1, min(64, rows // devices)), unroll=False)
+    return dataclasses.replace(plan, **changes)
+
+
+def mesh(devices: int) -> Any:
+    """Build the mesh: one data axis over the first `devices` devices."""
+    import jax
+
+    if devices > jax.device_count():
+        raise BadInput(f"the plan wants {devices} devices and JAX sees {jax.device_count()}; "
+                       "start with that many, or in a new folder")
+    kinds = (jax.sharding.AxisType.Auto,)
+    return jax.make_mesh((devices,), ("data",), axis_types=kinds, devices=jax.devices()[:devices])
+
+
+def versions() -> dict[str, str]:
+    """Name the versions that a run's bits depend on."""
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "sentencepiece", "numpy")
+    found = {name: importlib.metadata.version(name) for name in names}
+    return {"python": platform.python_version(), **found}
+
+
+def environment() -> dict[str, Any]:
+    """Describe the host for environment.json, which no hash covers."""
+    import jax
+
+    device = jax.devices()[0]
+    return {"platform": platform.platform(), "processor": _processor(), "cores": len(cores()),
+            "backend": jax.default_backend(), "device": device.device_kind,
+            "devices": jax.device_count(), "xla_flags": os.environ.get("XLA_FLAGS", ""),
+            "nproc": os.environ.get("NPROC", "")}
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor()

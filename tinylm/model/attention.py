@@ -1,0 +1,67 @@
+"""Causal scaled dot-product attention with grouped heads, query-key norm and a key/value cache.
+
+weights[t, s] = softmax_s(q_t . k_s / sqrt(K)) over the s that t may see; output = weights v.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from tinylm.model.embedding import RMSNorm, param, rotate
+
+
+class KeyValue(NamedTuple):
+    """One layer's keys and values of the S positions decoded so far (or all layers', stacked)."""
+
+    k: Float[Array, "*layers B S G K"]
+    v: Float[Array, "*layers B S G K"]
+
+
+class Attention(nnx.Module):
+    """Project, normalise, rotate, attend, project back. `stack` adds leading layer axes."""
+
+    def __init__(self, D: int, H: int, G: int, K: int, stack: tuple[int, ...], rngs: nnx.Rngs):
+        self.q_proj = param(rngs, (*stack, D, H, K), D**-0.5)
+        self.k_proj = param(rngs, (*stack, D, G, K), D**-0.5)
+        self.v_proj = param(rngs, (*stack, D, G, K), D**-0.5)
+        self.o_proj = nnx.Param(jnp.zeros((*stack, H, K, D), jnp.float32))
+        self.q_norm = RMSNorm((*stack, K))
+        self.k_norm = RMSNorm((*stack, K))
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        angles: Float[Array, "#B T half"],
+        visible: Bool[Array, "#B T S"],
+        cache: KeyValue | None = None,
+        start: Array | int = 0,
+    ) -> tuple[Float[Array, "B T D"], KeyValue]:
+        """Attend from x to itself, or to the cache with x's keys written at `start`."""
+        q, k, v = (jnp.einsum("btd,dnk->btnk", x, w[...].astype(x.dtype))
+                   for w in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(self.q_norm(q), angles), rotate(self.k_norm(k), angles)
+        if cache is not None:
+            k = jax.lax.dynamic_update_slice_in_dim(cache.k, k.astype(cache.k.dtype), start, 1)
+            v = jax.lax.dynamic_update_slice_in_dim(cache.v, v.astype(cache.v.dtype), start, 1)
+        mixed = attend(q, k, v, visible)
+        out = jnp.einsum("bthk,hkd->btd", mixed, self.o_proj[...].astype(x.dtype))
+        return out, KeyValue(k, v)
+
+
+def attend(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B S G K"],
+    v: Float[Array, "B S G K"],
+    visible: Bool[Array, "#B T S"],
+) -> Float[Array, "B T H K"]:
+    """Mix values by softmax(q k / sqrt(K)); query head h reads key head h // (H / G)."""
+    B, T, H, K = q.shape
+    G = k.shape[2]
+    q_BTGJK = q.reshape(B, T, G, H // G, K)
+    scores = jnp.einsum("btgjk,bsgk->bgjts", q_BTGJK, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(visible[:, None, None], scores * K**-0.5, -1e30)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bgjts,bsgk->btgjk", weights, v).reshape(B, T, H, K)

@@ -1,0 +1,49 @@
+"""One transformer block: attention, then a gated MLP, each on a normalised residual stream."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from tinylm.model.attention import Attention, KeyValue
+from tinylm.model.embedding import RMSNorm, param
+
+
+class MLP(nnx.Module):
+    """down(silu(gate x) * up x), the gated unit of 2002.05202."""
+
+    def __init__(self, D: int, F: int, stack: tuple[int, ...], rngs: nnx.Rngs):
+        self.gate_proj = param(rngs, (*stack, D, F), D**-0.5)
+        self.up_proj = param(rngs, (*stack, D, F), D**-0.5)
+        self.down_proj = nnx.Param(jnp.zeros((*stack, F, D), jnp.float32))
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Apply the unit to every position."""
+        gate, up, down = (w[...].astype(x.dtype)
+                          for w in (self.gate_proj, self.up_proj, self.down_proj))
+        hidden = jax.nn.silu(jnp.einsum("btd,df->btf", x, gate)) * jnp.einsum("btd,df->btf", x, up)
+        return jnp.einsum("btf,fd->btd", hidden, down)
+
+
+class Block(nnx.Module):
+    """Attention and MLP with their norms; parameters of all layers are stacked by `stack`."""
+
+    def __init__(self, D: int, H: int, G: int, K: int, F: int, stack: tuple[int, ...],
+                 rngs: nnx.Rngs):
+        self.input_layernorm = RMSNorm((*stack, D))
+        self.self_attn = Attention(D, H, G, K, stack, rngs)
+        self.post_attention_layernorm = RMSNorm((*stack, D))
+        self.mlp = MLP(D, F, stack, rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        angles: Float[Array, "#B T half"],
+        visible: Bool[Array, "#B T S"],
+        cache: KeyValue | None = None,
+        start: Array | int = 0,
+    ) -> tuple[Float[Array, "B T D"], KeyValue]:
+        """Add attention's and the MLP's output to the residual stream."""
+        mixed, kept = self.self_attn(self.input_layernorm(x), angles, visible, cache, start)
+        x = x + mixed
+        return x + self.mlp(self.post_attention_layernorm(x)), kept

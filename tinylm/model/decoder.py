@@ -1,0 +1,190 @@
+"""The decoder-only transformer, its config, and the way between modules and plain arrays.
+
+Outside a loss there are only plain arrays: `init` draws them, `rebuild` makes the module of them.
+Parameter names follow the Qwen3 layout (q_proj, k_norm, gate_proj, input_layernorm, ...), with the
+layers stacked on a leading axis.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from tinylm.config import BadInput
+from tinylm.laws.accounting import Shape
+from tinylm.model.attention import KeyValue
+from tinylm.model.block import Block
+from tinylm.model.embedding import Embedding, RMSNorm, rope_angles
+from tinylm.model.position_weights import PositionWeights
+
+Params = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a model. D is the dial; fields left at 0 follow from it."""
+
+    kind: Literal["transformer", "position_weights"] = "transformer"
+    """position_weights: logits are a sum of one table a position over the last T tokens"""
+    V: int = 1024
+    """rows of the vocabulary"""
+    D: int = 64
+    """width of the residual stream (the rank, for position_weights)"""
+    L: int = 2
+    """layers"""
+    H: int = 2
+    """query heads"""
+    G: int = 0
+    """key/value heads; 0 means H"""
+    K: int = 0
+    """head width; 0 means D / H"""
+    F: int = 0
+    """mlp width; 0 means 8/3 D rounded up to a multiple of 8"""
+    T: int = 128
+    """context, tokens"""
+    tied: bool = True
+    """the output head is the embedding table"""
+    compute: Literal["f32", "bf16"] = "f32"
+    """dtype of the matrix products; parameters, norms, softmax and loss stay float32"""
+    rope_theta: float = 10000.0
+    """base of the rotary wavelengths"""
+
+    def __post_init__(self):
+        for name in ("V", "D", "L", "H", "T"):
+            if getattr(self, name) < 1:
+                raise BadInput(f"{name}={getattr(self, name)} is below 1; choose 1 or more")
+        if self.V > 65536:
+            raise BadInput(f"V={self.V} is above 65536, which a token file holds; choose less")
+        if not self.K and self.D % self.H:
+            low = self.D // self.H * self.H
+            either = f"D={low} or D={low + self.H}" if low else f"D={self.H}"
+            raise BadInput(f"D={self.D} is not a multiple of H={self.H}; choose {either}")
+        if self.head_width % 2:
+            raise BadInput(f"head width {self.head_width} is odd; rotation needs an even one")
+        if self.H % self.groups:
+            raise BadInput(f"H={self.H} is not a multiple of G={self.G}; choose a divisor of H")
+
+    @property
+    def groups(self) -> int:
+        """Key/value heads."""
+        return self.G or self.H
+
+    @property
+    def head_width(self) -> int:
+        """Channels a head."""
+        return self.K or self.D // self.H
+
+    @property
+    def mlp_width(self) -> int:
+        """Channels inside the MLP."""
+        return self.F or -(-8 * self.D // 24) * 8
+
+    @property
+    def shape(self) -> Shape:
+        """The shape that accounting counts; position_weights has no layers, only its head."""
+        layers = self.L if self.kind == "transformer" else 0
+        return Shape(V=self.V, D=self.D, L=layers, H=self.H, G=self.groups, K=self.head_width,
+                     F=self.mlp_width, T=self.T, tied=self.tied)
+
+
+class Decoder(nnx.Module):
+    """Embedding, L blocks, a norm and a head."""
+
+    def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
+        self.config = c
+        self.embed_tokens = Embedding(c.V, c.D, rngs)
+        self.layers = Block(c.D, c.H, c.groups, c.head_width, c.mlp_width, (c.L,), rngs)
+        self.norm = RMSNorm((c.D,))
+        if not c.tied:
+            self.lm_head = Embedding(c.V, c.D, rngs)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        segments: Int[Array, "B T"] | None = None,
+        unroll: bool = True,
+    ) -> Float[Array, "B T V"]:
+        """Give the logits of the next token at every position, float32.
+
+        `segments` (conversation numbers) keep packed sequences apart: attention stays inside a
+        segment and positions restart with it.
+        """
+        T = tokens.shape[1]
+        index = jnp.arange(T)
+        visible = (index[:, None] >= index[None, :])[None]
+        positions = index[None]
+        if segments is not None:
+            visible = visible & (segments[:, :, None] == segments[:, None, :])
+            fresh = jnp.diff(segments, axis=1, prepend=-1) != 0
+            positions = index[None] - jax.lax.cummax(jnp.where(fresh, index[None], 0), axis=1)
+        x, _ = self._through(tokens, positions, visible, None, 0, unroll)
+        return self.head(x)
+
+    def extend(
+        self, tokens: Int[Array, "B T"], cache: KeyValue, start: Array | int,
+        begin: Int[Array, "B"],
+    ) -> tuple[Float[Array, "B T V"], KeyValue]:
+        """Read tokens at cache slots start..start+T-1, attending to slots from `begin` on.
+
+        `begin` (rows padded on the left start later) also is where a row's positions count from.
+        """
+        T, S = tokens.shape[1], cache.k.shape[2]
+        slots = start + jnp.arange(T)
+        visible = (slots[:, None] >= jnp.arange(S)[None, :])[None]
+        visible = visible & (jnp.arange(S)[None, None, :] >= begin[:, None, None])
+        positions = jnp.maximum(slots[None, :] - begin[:, None], 0)
+        x, cache = self._through(tokens, positions, visible, cache, start, True)
+        return self.head(x), cache
+
+    def head(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Turn the residual stream into logits."""
+        table = self.embed_tokens if self.config.tied else self.lm_head
+        return table.logits(self.norm(x))
+
+    def _through(self, tokens, positions, visible, cache, start, unroll):
+        c = self.config
+        angles = rope_angles(positions, c.head_width, c.rope_theta)
+        dtype = jnp.dtype("bfloat16" if c.compute == "bf16" else "float32")
+        x = self.embed_tokens(tokens, dtype)
+
+        def body(x, layer):
+            block, kept = layer
+            x, fresh = block(x, angles, visible, kept, start)
+            return x, fresh if cache is not None else None
+
+        if not unroll:
+            return jax.lax.scan(body, x, (self.layers, cache))
+        kept = []
+        for l in range(c.L):
+            x, fresh = body(x, jax.tree.map(lambda a, l=l: a[l], (self.layers, cache)))
+            kept.append(fresh)
+        return x, None if cache is None else jax.tree.map(lambda *a: jnp.stack(a), *kept)
+
+
+def build(c: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:
+    """Make the module that the config names."""
+    match c.kind:
+        case "transformer":
+            return Decoder(c, rngs)
+        case "position_weights":
+            return PositionWeights(c.V, c.D, c.T, rngs)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def init(c: ModelConfig, key: Array) -> Params:
+    """Draw the parameters, a nested dict of float32 arrays (always compiled: same bits)."""
+    return nnx.to_pure_dict(nnx.state(build(c, nnx.Rngs(params=key)), nnx.Param))
+
+
+def rebuild(c: ModelConfig, params: Params) -> Any:
+    """Make the module whose parameters are `params`; it is a pytree, free to build."""
+    return nnx.merge(_blueprint(c), nnx.State(params))
+
+
+@functools.cache
+def _blueprint(c: ModelConfig) -> nnx.GraphDef:
+    return nnx.split(nnx.eval_shape(lambda: build(c, nnx.Rngs(0))))[0]

@@ -1,0 +1,117 @@
+"""Sampling with a key/value cache: one prefill, then one compiled loop that stops when all have.
+
+Prompts are padded on the left, so all rows write the same cache slot. The key of a token depends
+on the seed and its slot only: decoding in chunks (to stream) gives the same tokens as at once.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from tinylm.config import BadInput
+from tinylm.model.attention import KeyValue
+from tinylm.model.decoder import ModelConfig, Params, rebuild
+
+CONTROL = 6
+"""ids below this are control ids (text/tokenizer): sampling one ends the row"""
+BUCKET = 16
+"""prompts are padded to a multiple of this, so that few lengths are compiled"""
+
+
+class Decoding(NamedTuple):
+    """Where a batch of rows is: the cache, the logits of the next token, and who has stopped."""
+
+    cache: KeyValue
+    logits: Float[Array, "B V"]
+    slot: Int[Array, ""]
+    begin: Int[Array, "B"]
+    stopped: Bool[Array, "B"]
+
+
+def prefill(config: ModelConfig, params: Params, prompts: Sequence[np.ndarray]) -> Decoding:
+    """Read the prompts (ids, at least one each) into a cache of the model's whole context."""
+    if config.kind != "transformer":
+        raise BadInput(f"a {config.kind} model keeps no cache; sample from a transformer")
+    longest = max(len(p) for p in prompts)
+    if min(len(p) for p in prompts) < 1 or longest >= config.T:
+        raise BadInput(f"prompts of 1 to {config.T - 1} tokens fit the context T={config.T}, one "
+                       f"has {longest}; shorten it")
+    width = min(config.T - 1, -(-longest // BUCKET) * BUCKET)
+    rows = np.zeros((len(prompts), width), np.int32)
+    for row, prompt in zip(rows, prompts, strict=True):
+        row[width - len(prompt):] = prompt
+    begin = jnp.asarray([width - len(p) for p in prompts], jnp.int32)
+    return _prefill(config, params, jnp.asarray(rows), begin)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _prefill(config: ModelConfig, params: Params, rows: Array, begin: Array) -> Decoding:
+    B = rows.shape[0]
+    shape = (config.L, B, config.T, config.groups, config.head_width)
+    dtype = jnp.bfloat16 if config.compute == "bf16" else jnp.float32
+    cache = KeyValue(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    logits, cache = rebuild(config, params).extend(rows, cache, jnp.int32(0), begin)
+    return Decoding(cache, logits[:, -1], jnp.int32(rows.shape[1]), begin, jnp.zeros(B, bool))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def decode(
+    config: ModelConfig, params: Params, state: Decoding, count: int, key: Array,
+    temperature: Float[Array, ""],
+) -> tuple[Decoding, Int[Array, "B N"]]:
+    """Sample up to `count` tokens a row, 0 after its end; temperature 0 takes the likeliest.
+
+    Ends early when every row has sampled a control id or the context is full.
+    """
+    model = rebuild(config, params)
+    out = jnp.zeros((state.stopped.shape[0], count), jnp.int32)
+
+    def going(carry):
+        state, _, n = carry
+        return (n < count) & ~jnp.all(state.stopped) & (state.slot < config.T)
+
+    def one(carry):
+        state, out, n = carry
+        drawn = jax.random.categorical(jax.random.fold_in(key, state.slot),
+                                       state.logits / jnp.maximum(temperature, 1e-6))
+        token = jnp.where(temperature > 0, drawn, jnp.argmax(state.logits, axis=-1))
+        token = jnp.where(state.stopped, 0, token).astype(jnp.int32)
+        logits, cache = model.extend(token[:, None], state.cache, state.slot, state.begin)
+        stopped = state.stopped | (token < CONTROL)
+        fresh = Decoding(cache, logits[:, 0], state.slot + 1, state.begin, stopped)
+        return fresh, out.at[:, n].set(token), n + 1
+
+    state, out, _ = jax.lax.while_loop(going, one, (state, out, jnp.int32(0)))
+    return state, out
+
+
+def sample(config: ModelConfig, params: Params, prompts: Sequence[np.ndarray], count: int,
+           seed: int = 0, temperature: float = 1.0) -> list[np.ndarray]:
+    """Give up to `count` new ids for each prompt, up to and with the control id that ended it."""
+    state = prefill(config, params, prompts)
+    _, out = decode(config, params, state, count, jax.random.key(seed), jnp.float32(temperature))
+    return [_cut(row, state, config, count) for row in np.asarray(out)]
+
+
+def stream(config: ModelConfig, params: Params, prompt: np.ndarray, count: int, seed: int = 0,
+           temperature: float = 1.0, every: int = 8) -> Iterator[np.ndarray]:
+    """Yield the same ids as `sample` gives for one prompt, `every` at a time."""
+    state, key = prefill(config, params, [prompt]), jax.random.key(seed)
+    left = min(count, config.T - int(state.slot))
+    while left > 0 and not bool(state.stopped[0]):
+        state, out = decode(config, params, state, every, key, jnp.float32(temperature))
+        ids = np.asarray(out)[0, :min(every, left)]
+        left -= every
+        ends = np.flatnonzero(ids < CONTROL)
+        yield ids[: ends[0] + 1] if len(ends) else ids
+
+
+def _cut(row: np.ndarray, before: Decoding, config: ModelConfig, count: int) -> np.ndarray:
+    row = row[: min(count, config.T - int(before.slot))]
+    ends = np.flatnonzero(row < CONTROL)
+    return row[: ends[0] + 1] if len(ends) else row

@@ -1,0 +1,130 @@
+"""Pretrain one model on one dataset, evaluate it, write its record."""
+
+import functools
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from tinylm import files, machine
+from tinylm.config import BadInput
+from tinylm.evaluate.heldout import eval_id, heldout
+from tinylm.laws.accounting import flops_per_token, parameters, six_nd
+from tinylm.model.decoder import ModelConfig, init
+from tinylm.text.shards import Dataset
+from tinylm.train import batch, loop, losses, optim, run, step
+from tinylm.train.optim import OptimConfig
+
+MOST_EPOCHS = 4.0
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """What is trained, on what and for how long: the whole of it is the run's id."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    steps: int = 1000
+    """optimiser steps"""
+    batch: int = 512
+    """tokens a step"""
+    seed: int = 0
+    """of the initial parameters and of the order of the data"""
+    data_id: str = ""
+    """identity of the dataset, its tokenizer included"""
+    forecast_sha256: str = ""
+    """of the forecast that this run tests; empty for none"""
+
+    def __post_init__(self):
+        if self.steps < 1:
+            raise BadInput(f"steps={self.steps} is below 1; choose 1 or more")
+        if self.batch < 1 or self.batch % self.model.T:
+            low = max(1, self.batch // self.model.T) * self.model.T
+            raise BadInput(f"batch={self.batch} tokens is not a multiple of the context "
+                           f"T={self.model.T}; choose {low} or {low + self.model.T}")
+
+    @property
+    def rows(self) -> int:
+        """Sequences a step."""
+        return self.batch // self.model.T
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on in all."""
+        return self.steps * self.batch
+
+    @property
+    def flops(self) -> float:
+        """Exact training FLOPs (see laws/accounting)."""
+        return flops_per_token(self.model.shape) * self.tokens
+
+
+def check(config: PretrainConfig, data: Dataset, plan: machine.Plan) -> float:
+    """Refuse what cannot be trained, before anything is compiled; return the epochs."""
+    if config.data_id != data.id:
+        raise BadInput(f"the config is for dataset {config.data_id!r}, {data.folder} is "
+                       f"{data.id}; give that dataset or a new folder")
+    if config.model.V != data.V:
+        raise BadInput(f"the model has V={config.model.V}, the tokenizer {data.V}; choose "
+                       f"V={data.V}")
+    step.check_rows(config.rows, plan.devices, plan.micro)
+    batch.windows(data.heldout, config.model.T)
+    held = batch.windows(data.train, config.model.T) * config.model.T
+    if config.tokens > MOST_EPOCHS * held:
+        raise BadInput(f"{config.tokens} tokens are {config.tokens / held:.1f} epochs of the "
+                       f"{held} held; at most {MOST_EPOCHS:g} are allowed: bring more text or "
+                       "train fewer steps")
+    return config.tokens / held
+
+
+def pretrain(
+    folder: Path,
+    config: PretrainConfig,
+    data: Dataset,
+    plan: machine.Plan,
+    event: loop.Event | None = None,
+) -> dict[str, Any]:
+    """Train, evaluate and return the record; a finished run returns its record at once."""
+    folder = Path(folder)
+    with files.lease(folder):
+        plan = run.settle(folder, config, "pretrain", plan)
+        if (done := run.record(folder)) is not None:
+            return done
+        epochs = check(config, data, plan)
+        if epochs > 1:
+            print(f"{folder.name}: {epochs:.2f} epochs of the training split", file=sys.stderr)
+        model, mesh = config.model, machine.mesh(plan.devices)
+        begin, chunk = _program(model, config.optim.program, plan)
+        state = begin(jax.random.key(config.seed), optim.hyper(config.optim, config.steps))
+
+        def batch_at(t: int) -> batch.Batch:
+            return batch.batch(data.train, config.seed, t, config.rows, model.T)
+
+        state, finite = loop.train(folder, state, chunk, batch_at, config.steps, config.batch,
+                                   plan, mesh, event)
+        scored = heldout(model, state.params, data)._asdict() if finite else None
+        return run.finish(folder, config, "pretrain", "ok" if finite else "diverged", parent=None,
+                          tokenizer_id=data.tokenizer_id, data_id=data.id,
+                          eval_id=eval_id(data, model.T), seed=config.seed, params=counts(model),
+                          tokens=config.tokens, epochs=epochs, loss=scored,
+                          flops={"exact": config.flops, "six_nd": six_nd(
+                              sum(counts(model)[k] for k in ("head", "blocks")), config.tokens)})
+
+
+def counts(model: ModelConfig) -> dict[str, int]:
+    """Count the parameters: embedding, head, blocks."""
+    found = parameters(model.shape)
+    if model.kind == "position_weights":
+        return {"embedding": model.T * model.V * model.D, "head": model.V * model.D, "blocks": 0}
+    return {"embedding": found.embedding, "head": found.head, "blocks": found.blocks}
+
+
+@functools.cache
+def _program(model: ModelConfig, fixed: optim.OptimConfig, plan: machine.Plan):
+    """Build the compiled start and chunk that all runs of one shape share."""
+    mesh, tx = machine.mesh(plan.devices), optim.adamw(fixed, model)
+    loss = losses.next_token(model, fixed.z_loss, plan.unroll)
+    begin = jax.jit(lambda key, hyper: step.start(init(model, key), tx, hyper))
+    return begin, step.make_chunk(step.make_step(loss, tx, mesh, plan.micro))

@@ -1,0 +1,127 @@
+"""Instruction tuning: the same step, on conversations, with the loss on what the assistant says."""
+
+import functools
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from tinylm import config as configs
+from tinylm import files, machine
+from tinylm.config import BadInput
+from tinylm.evaluate.heldout import eval_id, heldout
+from tinylm.laws.accounting import flops_per_token
+from tinylm.model.decoder import ModelConfig, Params, init
+from tinylm.text.chat import Packed, conversations, pack, render
+from tinylm.text.corpora import Document
+from tinylm.text.shards import Dataset
+from tinylm.text.tokenizer import Tokenizer
+from tinylm.train import batch, checkpoint, loop, losses, optim, run, step
+from tinylm.train.optim import OptimConfig
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    """Which checkpoint is tuned, on what, for how long."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(decay=1.0))
+    parent: str = ""
+    """id of the run whose final checkpoint is tuned"""
+    data_id: str = ""
+    """hash of the packed conversations"""
+    steps: int = 200
+    """optimiser steps"""
+    rows: int = 16
+    """packed rows a step"""
+    seed: int = 0
+    """of the order of the rows"""
+
+
+def conversations_id(train: Packed, held: Packed) -> str:
+    """Hash the packed conversations of both splits: 16 hex digits."""
+    arrays = [getattr(p, name) for p in (train, held) for name in ("tokens", "mask", "segments")]
+    return configs.digest([files.sha256_of(np.ascontiguousarray(a)) for a in arrays])[:16]
+
+
+def sft(
+    folder: Path,
+    config: SftConfig,
+    parent: Path,
+    train: Packed,
+    held: Packed,
+    data: Dataset,
+    plan: machine.Plan,
+    event: loop.Event | None = None,
+) -> dict[str, Any]:
+    """Tune the parent's final checkpoint and return the record.
+
+    The record holds the held-out loss on assistant tokens before and after, and that on base text.
+    """
+    folder = Path(folder)
+    with files.lease(folder):
+        plan = run.settle(folder, config, "sft", plan)
+        if (done := run.record(folder)) is not None:
+            return done
+        if (wanted := conversations_id(train, held)) != config.data_id:
+            raise BadInput(f"the config is for conversations {config.data_id!r}, these are "
+                           f"{wanted}; give those or a new folder")
+        step.check_rows(config.rows, plan.devices, plan.micro)
+        if not len(train.tokens) or not len(held.tokens):
+            raise BadInput(f"{len(train.tokens)} training and {len(held.tokens)} held-out rows of "
+                           "conversations; bring conversations with user and assistant turns")
+        model, mesh = config.model, machine.mesh(plan.devices)
+        tx = optim.adamw(config.optim, model)
+        before = load_params(parent, model)
+        state = step.start(before, tx, optim.hyper(config.optim, config.steps))
+        loss = losses.next_token(model, config.optim.z_loss, plan.unroll)
+        chunk = step.make_chunk(step.make_step(loss, tx, mesh, plan.micro))
+
+        def batch_at(t: int) -> batch.Batch:
+            index = np.arange(t * config.rows, (t + 1) * config.rows)
+            epoch, inside = np.divmod(index, len(train.tokens))
+            rows = np.array([batch.permute(np.array([i]), len(train.tokens), config.seed, int(e))[0]
+                             for e, i in zip(epoch, inside, strict=True)])
+            return batch.Batch(train.tokens[rows], train.mask[rows], train.segments[rows])
+
+        start = answers_nll(model, before, held)
+        state, finite = loop.train(folder, state, chunk, batch_at, config.steps,
+                                   config.rows * model.T, plan, mesh, event)
+        tokens = config.steps * config.rows * model.T
+        scored = heldout(model, state.params, data)._asdict() if finite else None
+        answers = {"before": start, "after": answers_nll(model, state.params, held)}
+        return run.finish(folder, config, "sft", "ok" if finite else "diverged",
+                          parent={"id": config.parent, "step": "final"}, data_id=config.data_id,
+                          tokenizer_id=data.tokenizer_id, eval_id=eval_id(data, model.T),
+                          seed=config.seed, tokens=tokens,
+                          epochs=config.steps * config.rows / len(train.tokens), loss=scored,
+                          answers_nats_per_token=answers if finite else None,
+                          flops={"exact": flops_per_token(model.shape) * tokens, "six_nd": None})
+
+
+def pack_corpus(documents: list[Document], tokenizer: Tokenizer, T: int) -> Packed:
+    """Render and pack the conversations of documents (or their neighbouring lines)."""
+    return pack([render(c, tokenizer) for c in conversations(documents)], T)
+
+
+def load_params(folder: Path, model: ModelConfig) -> Params:
+    """Load the final parameters of a finished run of this shape."""
+    places = checkpoint.steps(Path(folder) / "checkpoints")
+    if run.record(folder) is None or not places:
+        raise BadInput(f"{folder} is no finished run; train it first")
+    like = jax.eval_shape(functools.partial(init, model), jax.random.key(0))
+    return checkpoint.restore_params(places[-1], like)
+
+
+def answers_nll(model: ModelConfig, params: Params, held: Packed) -> float:
+    """Give the held-out loss on supervised tokens, nats a token."""
+    score = jax.jit(losses.next_token(model))
+    total, weight = 0.0, 0.0
+    for row in range(0, len(held.tokens), 16):
+        here = slice(row, row + 16)
+        part = batch.Batch(held.tokens[here], held.mask[here], held.segments[here])
+        _, sums = score(params, part)
+        total, weight = total + float(sums["nats_per_token"]), weight + float(sums["weight"])
+    return total / max(weight, 1.0)

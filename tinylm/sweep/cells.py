@@ -1,0 +1,68 @@
+"""Turn cells of a compute plan into run configs: the ladder of widths and the rate rule."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from tinylm.config import identity
+from tinylm.laws.accounting import parameters
+from tinylm.laws.plan import Cell, cell, centre, isoflop_grid
+from tinylm.model.decoder import ModelConfig
+from tinylm.stages.pretrain import PretrainConfig
+from tinylm.sweep.presets import RateRule, Study
+from tinylm.train.optim import OptimConfig
+
+
+def ladder(base: ModelConfig, widths: Sequence[int]) -> list[ModelConfig]:
+    """Give one model a width; everything else stays or follows from the width."""
+    return [replace(base, D=width) for width in widths]
+
+
+def grid(models: Sequence[ModelConfig], budgets: Sequence[float], per_budget: int,
+         spread: float, batch: int) -> list[Cell]:
+    """Choose the cells of an isoFLOP sweep over the ladder (see laws/plan)."""
+    return isoflop_grid(list(budgets), [m.shape for m in models], per_budget, spread, batch)
+
+
+def config(cell: Cell, models: Sequence[ModelConfig], optim: OptimConfig, rule: RateRule,
+           batch: int, data_id: str, seed: int = 0) -> PretrainConfig:
+    """Give the run of one cell, its rate by the rule."""
+    model = next(m for m in models if m.shape == cell.shape)
+    return PretrainConfig(model, replace(optim, lr=rule(cell.tokens)), cell.steps, batch, seed,
+                          data_id)
+
+
+def tuning(study: Study, models: Sequence[ModelConfig], data_id: str) -> list[PretrainConfig]:
+    """Give the tuning check: half, one and two times the rate at each budget's expected size."""
+    out = []
+    for budget in study.tuning:
+        middle = nearest(models, centre(budget))
+        one = config(cell(budget, middle.shape, study.batch), models, study.optim, study.rule,
+                     study.batch, data_id)
+        out += [replace(one, optim=replace(one.optim, lr=one.optim.lr * factor))
+                for factor in (0.5, 1.0, 2.0)]
+    return out
+
+
+def position(study: Study, base: ModelConfig, data_id: str) -> PretrainConfig:
+    """Give the run of the position-weights baseline: the last 8 tokens, rank 64."""
+    model = replace(base, kind="position_weights", T=8, D=64)
+    steps = cell(study.position_flops, model.shape, study.batch).steps
+    return PretrainConfig(model, study.optim, steps, study.batch, 0, data_id)
+
+
+def nearest(models: Sequence[ModelConfig], params: float) -> ModelConfig:
+    """Give the model whose parameters (blocks and head) are nearest in logs."""
+    return min(models, key=lambda m: abs(math.log(parameters(m.shape).law / params)))
+
+
+def best_params(fitted: dict[str, Any], flops: float) -> float:
+    """Give the parameters of least loss at a budget by the fitted exponents, else by the pilot."""
+    e = fitted["exponents"]
+    return centre(flops) if "refused" in e else math.exp(e["log_params"] + e["a"] * math.log(flops))
+
+
+def name(config: PretrainConfig) -> str:
+    """Name a run for its folder: width, compute, and enough of its id to be unique."""
+    return f"D{config.model.D}-{config.flops:.1e}-{identity(config)[:8]}".replace("+", "")

@@ -1,0 +1,78 @@
+"""From records to laws: the table a fit needs, everything fitted, and the tuning check."""
+
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from tinylm.config import BadInput
+from tinylm.laws.fit import Runs, fit_frontier, fit_surface
+from tinylm.laws.isoflop import exponents, minima
+
+Record = dict[str, Any]
+
+
+def runs_of(records: list[Record]) -> tuple[Runs, list[str], str]:
+    """Give (runs, ids, eval_id) of the finished records; losses of two evaluations are refused."""
+    kept = [r for r in records if r["status"] == "ok"]
+    if not kept:
+        raise BadInput(f"none of {len(records)} runs finished; run the sweep again")
+    evals = sorted({r["eval_id"] for r in kept})
+    if len(evals) > 1:
+        raise BadInput(f"the runs were evaluated on {len(evals)} sets ({', '.join(evals)}); "
+                       "fit runs of one set")
+    table = [(r["params"]["head"] + r["params"]["blocks"], r["tokens"], r["flops"]["exact"],
+              r["loss"]["nats_per_token"]) for r in kept]
+    return Runs(*np.array(table, float).T), [r["id"] for r in kept], evals[0]
+
+
+def fit(records: list[Record]) -> dict[str, Any]:
+    """Fit every law to a sweep's records; a law that the runs cannot identify says why."""
+    runs, ids, eval_id = runs_of(records)
+    found = minima(runs)
+    kept = [m for m in found if m.bracketed]
+    flops, loss = [m.flops for m in kept], [m.loss for m in kept]
+    return {"eval_id": eval_id, "runs": len(ids),
+            "codes": sorted({r["code_id"] for r in records}),
+            "bits_per_nat": _bits_per_nat(records),
+            "minima": [m._asdict() for m in found],
+            "exponents": _or_why(lambda: exponents(found)._asdict()),
+            "surface": _or_why(lambda: _told(fit_surface(runs))),
+            "frontier": _or_why(lambda: _told(fit_frontier(flops, loss, floor=False))),
+            "frontier_floor": _or_why(lambda: _told(fit_frontier(flops, loss, floor=True)))}
+
+
+def tuning_verdict(records: list[Record]) -> list[dict[str, Any]]:
+    """Say for each size which of its rates did best, and whether that lies at an edge."""
+    sizes: dict[tuple, list[Record]] = {}
+    for r in records:
+        sizes.setdefault((r["config"]["model"]["D"], r["config"]["steps"]), []).append(r)
+    out = []
+    for (width, steps), rows in sorted(sizes.items()):
+        rows = sorted(rows, key=lambda r: r["config"]["optim"]["lr"])
+        loss = [r["loss"]["nats_per_token"] if r["loss"] else float("inf") for r in rows]
+        best = int(np.argmin(loss))
+        out.append({"width": width, "steps": steps,
+                    "rates": [r["config"]["optim"]["lr"] for r in rows],
+                    "losses": [x if np.isfinite(x) else None for x in loss],
+                    "best": rows[best]["config"]["optim"]["lr"],
+                    "at_edge": best in (0, len(rows) - 1)})
+    return out
+
+
+def _told(fitted) -> dict[str, Any]:
+    return {**asdict(fitted.law), "objective": fitted.objective,
+            "certificate": fitted.certificate}
+
+
+def _or_why(make) -> dict[str, Any]:
+    try:
+        return make()
+    except BadInput as refusal:
+        return {"refused": str(refusal)}
+
+
+def _bits_per_nat(records: list[Record]) -> float:
+    """Give bits a byte over nats a token, the same for all records of one evaluation."""
+    return next(r["loss"]["bits_per_byte"] / r["loss"]["nats_per_token"]
+                for r in records if r["loss"])

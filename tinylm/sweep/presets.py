@@ -1,0 +1,75 @@
+"""The studies that can be run: their budgets and seeds are constants, never read from a clock."""
+
+from dataclasses import dataclass, field
+
+from tinylm.model.decoder import ModelConfig
+from tinylm.train.optim import OptimConfig
+
+
+@dataclass(frozen=True)
+class RateRule:
+    """lr (at width 64) = lr0 (tokens / tokens0)^-horizon; its record: experiments/rate_rule.py."""
+
+    lr0: float = 3.5e-3
+    """peak rate at tokens0"""
+    tokens0: float = 1.5e6
+    """tokens of the run that lr0 was tuned on"""
+    horizon: float = 0.1
+    """exponent by which longer runs want smaller rates"""
+
+    def __call__(self, tokens: float) -> float:
+        """Give the rate for a run of that many tokens."""
+        return self.lr0 * (tokens / self.tokens0) ** -self.horizon
+
+
+@dataclass(frozen=True)
+class Study:
+    """One study: text to forecast to chat."""
+
+    name: str
+    """of the preset"""
+    budgets: tuple[float, ...]
+    """FLOPs of the isoFLOP curves"""
+    target: float
+    """FLOPs of the held-out run"""
+    widths: tuple[int, ...]
+    """the ladder"""
+    base: ModelConfig = field(default_factory=ModelConfig)
+    """the model whose width the ladder changes"""
+    per_budget: int = 7
+    """sizes a budget"""
+    spread: float = 4.0
+    """sizes lie within this factor of the expected optimum"""
+    batch: int = 512
+    """tokens a step"""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """but for its rate, which the rule sets"""
+    rule: RateRule = field(default_factory=RateRule)
+    """rate by training tokens"""
+    tuning: tuple[float, ...] = ()
+    """budgets at whose expected optimum the rate is checked"""
+    position_flops: float = 1e11
+    """FLOPs of the position-weights baseline"""
+    sft: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-3, decay=1.0))
+    """of instruction tuning"""
+    sft_steps: int = 400
+    """steps of instruction tuning"""
+    order: int = 5
+    """longest n-gram table"""
+    rate: float = 1e11
+    """FLOP/s to expect of the whole machine, for --dry-run"""
+    needs_tokens: float = 0.0
+    """training tokens that the default corpus cannot give; 0 where it can"""
+
+
+SMOKE = Study(
+    name="smoke", budgets=(2e9, 4e9, 8e9), target=4e10, widths=(8, 12, 16, 24, 32, 48),
+    base=ModelConfig(V=384, T=64), per_budget=4, spread=6.0, batch=256, position_flops=4e9,
+    sft_steps=40, order=4)
+
+LAPTOP = Study(
+    name="laptop", budgets=(2e11, 4.7e11, 1.1e12, 2.6e12, 6e12), target=3e13,
+    widths=(12, 16, 20, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160, 192, 224),
+    base=ModelConfig(V=1024), tuning=(2e11, 6e11, 2e12))
+
+PRESETS = {study.name: study for study in (SMOKE, LAPTOP)}

@@ -1,0 +1,186 @@
+"""Run a list of configs over long-lived workers; finished runs are skipped, faults are rows.
+
+sweep.json (runs, plan, workers) is written before the first step; the same call goes on later.
+"""
+
+import dataclasses
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tinylm import config as configs
+from tinylm import files, machine
+from tinylm.config import BadInput
+from tinylm.stages.pretrain import PretrainConfig
+from tinylm.sweep.cells import name
+from tinylm.train import run
+
+
+@dataclasses.dataclass
+class Progress:
+    """What is known of a sweep while it runs."""
+
+    configs: dict[str, PretrainConfig]
+    steps: dict[str, int]
+    losses: dict[str, float | None]
+    status: dict[str, str]
+    began: float
+    flops_before: float
+
+    @property
+    def flops(self) -> float:
+        """FLOPs done, in all."""
+        return sum(c.flops * self.steps[k] / c.steps for k, c in self.configs.items())
+
+    @property
+    def total(self) -> float:
+        """FLOPs asked for."""
+        return sum(c.flops for c in self.configs.values())
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Time to the end at the throughput measured so far."""
+        done = self.flops - self.flops_before
+        spent = time.monotonic() - self.began
+        return (self.total - self.flops) * spent / done if done > 0 else None
+
+
+def sweep(
+    folder: Path,
+    runs: list[PretrainConfig],
+    data_folder: Path,
+    watch: Callable[[Progress], None] = lambda progress: None,
+) -> list[dict[str, Any]]:
+    """Train every config in `folder`, longest first; return the records, failed runs left out.
+
+    Raises Stopped when a signal stopped the workers; nothing is lost.
+    """
+    folder, wanted = Path(folder), {}
+    for config in sorted(runs, key=lambda c: -c.flops):
+        wanted[name(config)] = config
+    with files.lease(folder):
+        listed = _settle(folder, wanted)
+        progress = Progress(wanted, *_so_far(folder, wanted), time.monotonic(), 0.0)
+        progress.flops_before = progress.flops
+        if any(run.record(folder / n) is None for n in wanted):
+            _supervise(folder, data_folder, listed["workers"], progress, watch)
+    return run.table(folder / n for n in wanted)
+
+
+def _settle(folder: Path, wanted: dict[str, PretrainConfig]) -> dict[str, Any]:
+    runs = {n: configs.to_json(c) for n, c in wanted.items()}
+    place = folder / "sweep.json"
+    if place.exists():
+        listed = files.read_json(place)
+        if listed["runs"] != json.loads(json.dumps(runs)):
+            raise BadInput(f"{folder} holds another list of runs; go on with the same settings "
+                           "or choose a new folder")
+        return listed
+    backend, count = machine.survey()
+    workers = len(machine.cores()) if backend == "cpu" else 1
+    rows = next(iter(wanted.values())).rows
+    plan = machine.Plan() if backend == "cpu" else machine.plan_for(rows, backend, count)
+    listed = {"plan": dataclasses.asdict(plan), "workers": workers, "runs": runs}
+    files.write_json(place, listed)
+    return listed
+
+
+def _so_far(folder, wanted):
+    records = {n: run.record(folder / n) for n in wanted}
+    steps = {n: wanted[n].steps if r else 0 for n, r in records.items()}
+    losses = {n: r["loss"]["nats_per_token"] if r and r["loss"] else None
+              for n, r in records.items()}
+    return steps, losses, {n: r["status"] if r else "waiting" for n, r in records.items()}
+
+
+def _supervise(folder, data_folder, workers, progress, watch):
+    news: queue.Queue = queue.Queue()
+    alive = {i: _start(folder, data_folder, i, [], news) for i in range(workers)}
+    holds: dict[int, str] = {}
+    deaths: dict[str, int] = {}
+    stopping = False
+    try:
+        while alive:
+            watch(progress)
+            index, line = _next(news)
+            if index is None:
+                continue
+            if line is not None:
+                _note(progress, holds, index, json.loads(line))
+                continue
+            code = alive.pop(index).wait()
+            stopping = stopping or code == 75
+            if code not in (0, 75):
+                lost = holds.get(index, "")
+                deaths[lost] = deaths.get(lost, 0) + 1
+                skip = [n for n, count in deaths.items() if count > 1]
+                if lost in skip:
+                    progress.status[lost] = "failed"
+                    run.fail(folder / lost, progress.configs[lost], "pretrain",
+                             f"its worker died twice (last exit {code})")
+                if deaths.get("", 0) < 2 and not stopping:
+                    alive[index] = _start(folder, data_folder, index, skip, news)
+    except KeyboardInterrupt:
+        stopping = True
+    finally:
+        _stop(alive)
+        watch(progress)
+    if stopping:
+        raise run.Stopped("the sweep was stopped; the same command goes on")
+
+
+def _start(folder, data_folder, index, skip, news):
+    command = [sys.executable, "-m", "tinylm.sweep.worker", str(folder), str(data_folder),
+               str(index), *skip]
+    log = files.open_log(folder / f"worker-{index}.log")
+    worker = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True,
+                              env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    log.close()
+
+    def listen() -> None:
+        for line in worker.stdout:
+            news.put((index, line))
+        news.put((index, None))
+
+    threading.Thread(target=listen, daemon=True).start()
+    return worker
+
+
+def _next(news):
+    try:
+        return news.get(timeout=0.5)
+    except queue.Empty:
+        return None, None
+
+
+def _note(progress, holds, index, said):
+    if "begin" in said:
+        holds[index] = said["begin"]
+        progress.status[said["begin"]] = "running"
+    elif "run" in said:
+        progress.steps[said["run"]], progress.losses[said["run"]] = said["step"], said["loss"]
+    elif "done" in said:
+        progress.status[said["done"]] = said["status"]
+        progress.steps[said["done"]] = progress.configs[said["done"]].steps
+    elif "failed" in said:
+        progress.status[said["failed"]] = "failed"
+    elif "owned" in said:
+        holds.pop(index, None)
+
+
+def _stop(alive):
+    for worker in alive.values():
+        worker.send_signal(signal.SIGTERM)
+    for worker in alive.values():
+        try:
+            worker.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            worker.kill()

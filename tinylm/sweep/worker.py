@@ -1,0 +1,60 @@
+"""One worker of a sweep: take the next run that nobody holds, train it, say how it goes.
+
+Started as `python -m tinylm.sweep.worker FOLDER DATA INDEX [SKIP ...]`; it prints one JSON object
+a line on stdout. Any number may run over one folder: a run belongs to whoever holds its lease.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from tinylm import files, machine
+from tinylm.config import BadInput, from_json
+
+
+def main(argv: list[str]) -> int:
+    """Work until every run is finished, failed or held by another worker."""
+    folder, data_folder, index, skip = Path(argv[0]), Path(argv[1]), int(argv[2]), argv[3:]
+    listed = files.read_json(folder / "sweep.json")
+    plan = from_json(machine.Plan, listed["plan"], "sweep.json plan")
+    available = machine.cores()
+    mine = (available[index % len(available)],) if listed["workers"] > 1 else ()
+    machine.pin(plan.devices, mine)
+    return _work(folder, data_folder, listed["runs"], plan, skip)
+
+
+def _work(folder: Path, data_folder: Path, runs: dict, plan: machine.Plan, skip: list[str]) -> int:
+    from tinylm.stages.pretrain import PretrainConfig, pretrain
+    from tinylm.text.shards import open_dataset
+    from tinylm.train import run
+
+    data = open_dataset(data_folder)
+    for name, values in runs.items():
+        place = folder / name
+        if name in skip or run.record(place):
+            continue
+        config = from_json(PretrainConfig, values, name)
+        try:
+            say(begin=name)
+            record = pretrain(place, config, data, plan, lambda step, loss, name=name: say(
+                run=name, step=step, loss=loss if loss == loss else None))
+            say(done=name, status=record["status"])
+        except files.Owned:
+            say(owned=name)
+        except run.Stopped as stop:
+            say(stopped=name, reason=str(stop))
+            return 75
+        except (BadInput, RuntimeError, MemoryError, OSError) as fault:
+            reason = f"{type(fault).__name__}: {fault}".splitlines()[0]
+            run.fail(place, config, "pretrain", reason)
+            say(failed=name, reason=reason)
+    return 0
+
+
+def say(**news: object) -> None:
+    """Print one line of news for the sweep that started this worker."""
+    print(json.dumps(news), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""Text and tokens: corpora, the tokenizer, token files and the chat template; no JAX here."""

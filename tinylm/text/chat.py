@@ -1,0 +1,153 @@
+"""The chat template: messages to ids and a loss mask, strict reading, and packing into rows.
+
+    <|bos|> [<|system|> S <|end|>] (<|user|> U <|end|> <|assistant|> A <|end|>)+
+
+Ids are built from ids: the text between control ids is encoded as ordinary text, so no message can
+forge a turn. The loss covers what the assistant says and its <|end|>, nothing else.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from tinylm.config import BadInput
+from tinylm.text.corpora import Document, check_roles, rows, turns
+from tinylm.text.tokenizer import ASSISTANT, BOS, END, PAD, SYSTEM, USER, Tokenizer
+
+Messages = Sequence[tuple[str, str]]
+ROLE = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
+OPEN_ROWS = 32
+
+
+class Packed(NamedTuple):
+    """Conversations laid side by side in rows of T + 1 tokens."""
+
+    tokens: np.ndarray
+    "int32[rows, T + 1], filled with <|pad|>"
+    mask: np.ndarray
+    "float32[rows, T]: 1 where predicting tokens[:, t + 1] at t is supervised"
+    segments: np.ndarray
+    "int32[rows, T + 1]: 0 for pad, then 1, 2, ... by conversation in the row"
+    positions: np.ndarray
+    "int32[rows, T + 1]: the position within its conversation"
+    dropped: int
+    "conversations left out because no supervised turn fits"
+
+
+def render(messages: Messages, tokenizer: Tokenizer,
+           prompt: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Give ids (int32) and loss mask (float32) of one conversation.
+
+    With `prompt`, the last message is the user's and <|assistant|> follows it, so that the model
+    continues as the assistant. A prompt's ids are the beginning of the longer conversation's ids.
+    """
+    check_roles(messages, "the conversation")
+    if prompt and messages[-1][0] != "user":
+        raise BadInput(f"the prompt ends with role {messages[-1][0]!r}; end with a user message")
+    ids, mask = [np.array([BOS], np.int32)], [np.zeros(1, np.float32)]
+    for role, text in messages:
+        said = tokenizer.encode(text)
+        ids.append(np.concatenate([[ROLE[role]], said, [END]]).astype(np.int32))
+        mask.append(np.full(len(said) + 2, role == "assistant", np.float32))
+        mask[-1][0] = 0
+    if prompt:
+        ids.append(np.array([ASSISTANT], np.int32))
+        mask.append(np.zeros(1, np.float32))
+    return np.concatenate(ids), np.concatenate(mask)
+
+
+def read_jsonl(path: Path) -> list[tuple[tuple[str, str], ...]]:
+    """Read conversations, one {"messages": [{"role", "content"}, ...]} a line, ending in an answer.
+
+    BadInput names file, line and reason for anything else.
+    """
+    out = []
+    for where, row in rows(path):
+        messages = turns(row, where)
+        if messages[-1][0] != "assistant":
+            raise BadInput(f"{where} ends with role {messages[-1][0]!r}; "
+                           "end with an assistant message")
+        out.append(messages)
+    return out
+
+
+def windows(ids: np.ndarray, mask: np.ndarray, T: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Cut a long conversation into ones of at most T + 1 tokens, each opening with <|bos|>.
+
+    Cuts lie after answers; an exchange that alone is longer than a row is left out.
+    """
+    out, start = [], 1
+    ends = _answers(mask)
+    while start < len(ids) and len(ends):
+        fits = ends[ends <= start + T]
+        end = int(fits[-1] if len(fits) else ends[0])
+        if len(fits):
+            out.append((np.append(ids[:1], ids[start:end]), np.append(mask[:1], mask[start:end])))
+        start, ends = end, ends[ends > end]
+    return out
+
+
+def pack(rendered: Sequence[tuple[np.ndarray, np.ndarray]], T: int) -> Packed:
+    """Pack rendered conversations into rows of T + 1 tokens, each into the first that has room.
+
+    A conversation longer than a row keeps its whole turns from the start, up to the last answer
+    that fits (`windows` keeps the rest too); one without any is dropped and counted. Only the last
+    32 rows are looked at.
+    """
+    if T < 1:
+        raise BadInput(f"T={T} leaves no token to predict; choose at least 1")
+    lines: list[list[tuple[np.ndarray, np.ndarray]]] = []
+    space: list[int] = []
+    dropped = 0
+    for ids, mask in rendered:
+        ends = _answers(mask)
+        kept = int(max(ends[ends <= T + 1], default=0))
+        if kept == 0:
+            dropped += 1
+            continue
+        first = max(0, len(lines) - OPEN_ROWS)
+        row = next((r for r in range(first, len(lines)) if space[r] >= kept), len(lines))
+        if row == len(lines):
+            lines.append([])
+            space.append(T + 1)
+        lines[row].append((ids[:kept], mask[:kept]))
+        space[row] -= kept
+    return _laid(lines, T, dropped)
+
+
+def _answers(mask: np.ndarray) -> np.ndarray:
+    """Give, for each answer, the count of tokens up to its end."""
+    return np.flatnonzero((mask > 0) & (np.append(mask[1:], 0) == 0)) + 1
+
+
+def _laid(lines: list[list[tuple[np.ndarray, np.ndarray]]], T: int, dropped: int) -> Packed:
+    tokens = np.full((len(lines), T + 1), PAD, np.int32)
+    mask = np.zeros((len(lines), T + 1), np.float32)
+    segments, positions = np.zeros_like(tokens), np.zeros_like(tokens)
+    for row, line in enumerate(lines):
+        start = 0
+        for number, (ids, supervised) in enumerate(line, 1):
+            here = slice(start, start + len(ids))
+            tokens[row, here], mask[row, here] = ids, supervised
+            segments[row, here], positions[row, here] = number, np.arange(len(ids))
+            start += len(ids)
+    return Packed(tokens, mask[:, 1:], segments, positions, dropped)
+
+
+def conversations(documents: Sequence[Document]) -> list[Messages]:
+    """Give the documents' conversations; where there is none, neighbouring lines as turns.
+
+    Text without any turn then at least teaches the template: one line asks, the next answers.
+    """
+    found = [d.messages for d in documents if d.messages]
+    if found:
+        return found
+    for document in documents:
+        lines = [line.strip() for line in re.split(r"\n+|(?<=[.!?]) ", document.text)]
+        lines = [line for line in lines if line]
+        found += [(("user", a), ("assistant", b)) for a, b in zip(lines[::2], lines[1::2],
+                                                                   strict=False)]
+    return found

@@ -1,0 +1,38 @@
+"""From a corpus to a tokenizer and token files, once; a folder that is there is verified."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from tinylm import files
+from tinylm.config import BadInput
+from tinylm.text import shards, tokenizer
+from tinylm.text.corpora import Corpus
+from tinylm.text.shards import Dataset
+from tinylm.text.tokenizer import Tokenizer
+
+
+def prepare(folder: Path, corpus: Corpus, V: int,
+            progress: Callable[[float], None] | None = None) -> tuple[Dataset, Tokenizer]:
+    """Train the tokenizer, encode both splits and return both; a finished folder is only read.
+
+    A folder made from another corpus or with another V raises BadInput.
+    """
+    folder = Path(folder)
+    with files.lease(folder):
+        if not (folder / "tokenizer").exists():
+            with files.staged(folder / "tokenizer") as draft:
+                tokenizer.train((d.text for d in corpus.train), V).save(draft)
+        learnt = open_tokenizer(folder)
+        if not (folder / "tokens").exists():
+            shards.write(folder / "tokens", corpus, learnt, progress)
+        data = shards.open_dataset(folder / "tokens")
+    if data.facts["corpus_id"] != corpus.id or learnt.V != V or data.tokenizer_id != learnt.id:
+        raise BadInput(f"{folder} holds corpus {data.facts['corpus_id']} at V={learnt.V}, this is "
+                       f"corpus {corpus.id} at V={V}; choose a new folder")
+    return data, learnt
+
+
+def open_tokenizer(folder: Path) -> Tokenizer:
+    """Verify and load the tokenizer of a prepared folder."""
+    files.verified(Path(folder) / "tokenizer")
+    return tokenizer.load(Path(folder) / "tokenizer")

@@ -1,0 +1,85 @@
+"""Checkpoints: Orbax inside (it checksums no array data), our sealed manifest outside."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from tinylm import files
+from tinylm.config import BadInput
+from tinylm.model.decoder import Params
+from tinylm.train.step import State
+
+
+def save(folder: Path, state: State, **facts: Any) -> Path:
+    """Write folder/step-N whole (params and the rest apart), verified at every load."""
+    step = int(state.step)
+    place = Path(folder).absolute() / f"step-{step:08d}"
+    rest = {"opt": state.opt, "hyper": state.hyper, "step": state.step}
+    with files.staged(place, step=step, **facts) as draft, ocp.StandardCheckpointer() as writer:
+        writer.save(draft / "params", state.params)
+        writer.save(draft / "rest", rest)
+        writer.wait_until_finished()
+    return place
+
+
+def steps(folder: Path) -> list[Path]:
+    """List the checkpoints of a folder, oldest step first."""
+    return sorted(Path(folder).glob("step-*"))
+
+
+def keep_last(folder: Path, count: int) -> None:
+    """Delete all but the newest `count` checkpoints."""
+    for old in steps(folder)[:-count]:
+        shutil.rmtree(old)
+
+
+def restore(place: Path, like: State) -> tuple[State, dict[str, Any]]:
+    """Load a checkpoint into the structure, dtypes and sharding of `like`, with its facts."""
+    facts = files.verified(place)
+    rest = {"opt": like.opt, "hyper": like.hyper, "step": like.step}
+    params = _read(place / "params", like.params)
+    rest = _read(place / "rest", rest)
+    return State(params, rest["opt"], rest["hyper"], rest["step"]), facts
+
+
+def restore_params(place: Path, like: Params) -> Params:
+    """Load a checkpoint's parameters alone."""
+    files.verified(place)
+    return _read(place / "params", like)
+
+
+def newest(folder: Path, like: State, warn: Any) -> tuple[State, dict[str, Any]] | None:
+    """Load the newest sound checkpoint; a damaged one is announced through `warn` and passed by."""
+    for place in reversed(steps(folder)):
+        try:
+            return restore(place, like)
+        except files.Damaged as damage:
+            warn(f"passing by a damaged checkpoint: {damage}")
+    return None
+
+
+def _read(place: Path, like: Any) -> Any:
+    target = jax.tree.map(_target, like)
+    with ocp.StandardCheckpointer() as reader:
+        stored = reader.metadata(place).item_metadata.tree
+        _same_dtypes(place, stored, like)
+        return reader.restore(place, target)
+
+
+def _same_dtypes(place: Path, stored: Any, like: Any) -> None:
+    kept = [np.dtype(leaf.dtype) for leaf in jax.tree.leaves(stored)]
+    want = [np.dtype(leaf.dtype) for leaf in jax.tree.leaves(like)]
+    if sorted(map(str, kept)) != sorted(map(str, want)):
+        raise BadInput(f"{place} holds other dtypes or arrays than this model; "
+                       "load it with the config it was trained with")
+
+
+def _target(leaf: Any) -> jax.ShapeDtypeStruct:
+    sharding = getattr(leaf, "sharding", None)
+    if sharding is None:
+        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

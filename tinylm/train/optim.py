@@ -1,0 +1,110 @@
+"""AdamW with warmup-stable-decay rates that are width-aware; what may vary in a sweep is an array.
+
+Rates follow muP for Adam (2203.03466): a matrix whose fan-in is the width learns at lr * 64 / D,
+gains and tables at lr; so `lr` is always the rate of a model of width 64. Weight decay goes by
+path, never by ndim.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from tinylm.model.decoder import ModelConfig
+
+WIDTH = 64
+"""the width at which every parameter learns at rate lr"""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW, its schedule and its guards."""
+
+    lr: float = 4e-3
+    """peak learning rate of a model of width 64"""
+    beta1: float = 0.9
+    """decay of the gradient's average"""
+    beta2: float = 0.99
+    """decay of the squared gradient's average"""
+    weight_decay: float = 0.0
+    """decoupled decay of the blocks' matrices, a share of lr"""
+    clip: float = 1.0
+    """largest global norm of the gradient"""
+    z_loss: float = 1e-4
+    """weight of the squared log-normaliser"""
+    warmup: float = 0.1
+    """share of the steps over which the rate rises from 0"""
+    decay: float = 0.2
+    """share of the steps, at the end, over which the rate falls to 0"""
+
+
+    @property
+    def program(self) -> "OptimConfig":
+        """What the compiled program depends on: this config without what Hyper holds."""
+        return dataclasses.replace(self, lr=1.0, weight_decay=0.0, warmup=0.0, decay=0.0)
+
+
+class Hyper(NamedTuple):
+    """What a population or a sweep may vary without a new program: float32 scalars."""
+
+    lr: Float[Array, ""]
+    weight_decay: Float[Array, ""]
+    warmup_steps: Float[Array, ""]
+    decay_steps: Float[Array, ""]
+    steps: Float[Array, ""]
+
+
+def hyper(config: OptimConfig, steps: int) -> Hyper:
+    """Turn the config's shares into steps, as arrays."""
+    values = (config.lr, config.weight_decay, max(1.0, config.warmup * steps),
+              max(1.0, config.decay * steps), steps)
+    return Hyper(*(jnp.asarray(v, jnp.float32) for v in values))
+
+
+def rate(h: Hyper, step: Array) -> Float[Array, ""]:
+    """Give the schedule's rate at a step: up over warmup, flat, down to 0 over decay."""
+    t = step.astype(jnp.float32)
+    up = (t + 1.0) / h.warmup_steps
+    down = (h.steps - t) / h.decay_steps
+    return h.lr * jnp.clip(jnp.minimum(up, down), 0.0, 1.0)
+
+
+def adamw(config: OptimConfig, model: ModelConfig) -> optax.GradientTransformationExtraArgs:
+    """Build the transformation; `update` takes `hyper` and `step` as extra arguments."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip),
+        optax.scale_by_adam(config.beta1, config.beta2, eps=1e-8),
+        _decay_and_rate(model),
+    )
+
+
+def _decay_and_rate(model: ModelConfig) -> optax.GradientTransformationExtraArgs:
+    def update(updates, state, params, *, hyper: Hyper, step: Array):
+        lr = rate(hyper, step)
+
+        def one(path: tuple, u: Array, p: Array) -> Array:
+            decay = hyper.weight_decay if _decays(path) else 0.0
+            return -lr * _width_factor(path, model) * (u + decay * p)
+
+        return jax.tree_util.tree_map_with_path(one, updates, params), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def _names(path: tuple) -> list[str]:
+    return [str(key.key) for key in path]
+
+
+def _decays(path: tuple) -> bool:
+    return _names(path)[-1].endswith("_proj")
+
+
+def _width_factor(path: tuple, model: ModelConfig) -> float:
+    names: Any = _names(path)
+    hidden = names[-1].endswith("_proj") or names[0] == "lm_head"
+    as_head = names[0] == "embed_tokens" and model.kind == "transformer" and model.tied
+    return WIDTH / model.D if hidden or as_head else 1.0

@@ -1,0 +1,120 @@
+"""The run folder: config, plan, metrics, checkpoints and, written once and last, the record.
+
+config.json and plan.json are there before the first step; metrics.jsonl and record.json hold only
+what is reproducible; timing.jsonl and environment.json hold clocks and host facts.
+"""
+
+import functools
+import hashlib
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tinylm import config as configs
+from tinylm import files, machine
+from tinylm.config import BadInput
+
+SCHEMA = 1
+
+METRICS = {
+    "step": "optimiser steps done",
+    "tokens": "tokens trained on",
+    "train/nats_per_token": "mean training loss since the last row, nats a token",
+    "train/grad_norm": "mean global norm of the gradient before clipping",
+    "train/lr": "mean learning rate of a width-64 model",
+    "heldout/nats_per_token": "held-out loss, nats a token",
+    "heldout/bits_per_byte": "held-out loss, bits a byte of text",
+}
+"""every name that metrics.jsonl may hold"""
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop; it has saved its state (exit code 75)."""
+
+
+def settle(folder: Path, config: Any, kind: str, plan: machine.Plan) -> machine.Plan:
+    """Write a new run's config and plan, or check a resumed one's; return the plan to follow."""
+    folder = Path(folder)
+    mine = {"schema": SCHEMA, "kind": kind, "id": configs.identity(config),
+            "code_id": code_id(), "versions": machine.versions(), "config": configs.to_json(config)}
+    place = folder / "config.json"
+    if place.exists():
+        _same(place, files.read_json(place), mine)
+        return configs.from_json(machine.Plan, files.read_json(folder / "plan.json"), "plan.json")
+    files.write_json(folder / "plan.json", asdict(plan))
+    files.write_json(folder / "environment.json", machine.environment())
+    files.write_json(place, mine)
+    return plan
+
+
+def planned(folder: Path) -> machine.Plan | None:
+    """Return the plan a started run is bound to, or None (JAX need not have started)."""
+    place = Path(folder) / "plan.json"
+    if not place.exists():
+        return None
+    return configs.from_json(machine.Plan, files.read_json(place), str(place))
+
+
+def record(folder: Path) -> dict[str, Any] | None:
+    """Return a finished run's record, or None; a newer schema raises BadInput."""
+    place = Path(folder) / "record.json"
+    if not place.exists():
+        return None
+    found = files.read_json(place)
+    if not isinstance(found, dict) or found.get("schema", 0) > SCHEMA:
+        raise BadInput(f"{place} has schema {found.get('schema')}, this tinylm reads {SCHEMA}; "
+                       "update tinylm")
+    return found
+
+
+def finish(folder: Path, config: Any, kind: str, status: str, **facts: Any) -> dict[str, Any]:
+    """Write the record of a run that ended (ok or diverged) and return it."""
+    folder = Path(folder)
+    opened = files.read_json(folder / "config.json")
+    logs = {name: files.sha256(folder / name)
+            for name in ("config.json", "plan.json", "metrics.jsonl") if (folder / name).exists()}
+    out = {"schema": SCHEMA, "id": configs.identity(config), "kind": kind, "status": status,
+           "config": opened["config"], "code_id": opened["code_id"],
+           "versions": opened["versions"], "plan": files.read_json(folder / "plan.json"),
+           **facts, "files": logs}
+    files.write_json(folder / "record.json", out)
+    return out
+
+
+def fail(folder: Path, config: Any, kind: str, reason: str) -> None:
+    """Write why a run could not finish to failure.json; the same command tries it again."""
+    value = {"id": configs.identity(config), "kind": kind, "status": "failed", "reason": reason}
+    files.write_json(Path(folder) / "failure.json", value)
+
+
+def table(folders: Iterable[Path]) -> list[dict[str, Any]]:
+    """Read the records of the folders that have one, in order of compute."""
+    found = [record(f) for f in folders]
+    return sorted((r for r in found if r), key=lambda r: (r["flops"]["exact"], r["id"]))
+
+
+@functools.cache
+def code_id() -> str:
+    """Hash tinylm's own sources: 16 hex digits, recorded with every run."""
+    root = Path(__file__).parent.parent
+    total = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        total.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return total.hexdigest()[:16]
+
+
+def _same(place: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    for key in ("kind", "config", "versions", "code_id"):
+        if old.get(key) != new[key]:
+            before, after = _first_difference(old.get(key), new[key], key)
+            raise BadInput(f"{place.parent} was begun with {before}, this is {after}; "
+                           "go on as it was begun, or choose a new folder")
+
+
+def _first_difference(old: Any, new: Any, name: str) -> tuple[str, str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(set(old) | set(new)):
+            if old.get(key) != new.get(key):
+                return _first_difference(old.get(key), new.get(key), f"{name}.{key}")
+    return f"{name}={old!r}", f"{name}={new!r}"
