@@ -134,6 +134,12 @@ def test_the_optimum_of_a_surface_is_the_least_of_a_scan():
         assert loss <= losses.min() and scan[losses.argmin()] == pytest.approx(params, rel=1e-3)
 
 
+def test_the_budget_for_a_loss_is_the_inverse_of_the_loss_at_a_budget():
+    law = Frontier(1.5, 60.0, 0.09)
+    assert law.flops_at(law.loss(3e13)) == pytest.approx(3e13)
+    assert law.flops_at(1.5) == math.inf
+
+
 def refused(call, *words):
     with pytest.raises(BadInput) as caught:
         call()

@@ -85,8 +85,9 @@ def test_too_few_bracketed_budgets_are_refused_with_reasons():
     one_sided = runs.keep(np.arange(35) % 7 > 3)
     with pytest.raises(BadInput, match="below the smallest size|4 or more"):
         made(one_sided)
-    with pytest.raises(BadInput, match="ids for 35 runs"):
-        forecast.make(runs, ["same"] * 35, TARGET, 1e6, 1e6, "eval")
+    for ids in (["same"] * 35, [f"run{i}" for i in range(34)]):
+        with pytest.raises(BadInput, match="different ids for 35 runs"):
+            forecast.make(runs, ids, TARGET, 1e6, 1e6, "eval")
 
 
 def test_a_forecast_survives_the_file_and_is_never_overwritten(one, tmp_path):

@@ -13,7 +13,8 @@ def test_cells_meet_their_budget_in_whole_steps():
     cells = isoflop_grid([1e11, 1e12], LADDER, per_budget=5, spread=4, batch_tokens=512)
     assert [c.budget for c in cells] == [1e11] * 5 + [1e12] * 5
     for c in cells:
-        assert c.tokens == 512 * c.steps and c.params == parameters(c.shape).law
+        assert isinstance(c.steps, int) and c.tokens == 512 * c.steps
+        assert c.params == parameters(c.shape).law
         assert c.flops == flops_per_token(c.shape) * c.tokens
         assert c.flops == pytest.approx(c.budget, rel=0.01)
 
@@ -33,7 +34,7 @@ def test_the_centre_is_the_callers_to_choose():
 
 def test_the_default_centre_is_the_pilots_law():
     assert centre(1e12) == 113e3
-    assert centre(6.4e12) == pytest.approx(309e3, rel=0.1)
+    assert centre(1e13) / centre(1e12) == pytest.approx(10**0.489)
 
 
 def test_fewer_sizes_than_a_parabola_needs_are_refused():

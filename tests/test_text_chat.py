@@ -78,7 +78,7 @@ BAD = {
     "not JSON": '{"messages": [', "an object": "[]", "no list of messages": '{"text": "a"}',
     "no list": '{"messages": []}', "list of": '{"messages": "hello"}',
     "message 1 must be": '{"messages": ["hello"]}',
-    "and nothing else": '{"messages": [{"role": "user", "content": "a", "weight": 1}]}',
+    "and nothing else": '{"messages": [{"role": "user", "content": "a", "weight": "1"}]}',
     "strings role and content": '{"messages": [{"role": "user", "content": null}]}',
     "message 1 is empty": '{"messages": [{"role": "user", "content": " "}]}',
     "must be user": '{"messages": [{"role": "assistant", "content": "a"}]}',

@@ -197,6 +197,7 @@ HOSTILE = {
     "other V": damage_json(lambda facts: facts | {"V": 121}),
     "other id": damage_json(lambda facts: facts | {"id": "0" * 16}),
     "other controls": damage_json(lambda facts: facts | {"control": []}),
+    "other sha": damage_json(lambda facts: facts | {"sha256": "0" * 64}),
     "no sha": damage_json(lambda facts: {"id": facts["id"]}),
     "one byte": lambda f: (f / "tokenizer.model").write_bytes(
         b"\x00" + (f / "tokenizer.model").read_bytes()[1:]),

@@ -1,5 +1,6 @@
 """The command line: `tinylm <verb>`; the only reader of argv in tinylm/."""
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -32,8 +33,16 @@ def guarded(action: Callable[[], int]) -> int:
 
 def main() -> int:
     """Start the verb named in argv."""
-    machine.pin(devices=max(2, len(machine.cores())))
-    return 0
+    machine.pin(devices=int(os.environ.get("JAX_NUM_CPU_DEVICES", max(2, len(machine.cores())))))
+    import tyro
+
+    from tinylm.verbs import VERBS
+
+    def start() -> int:
+        tyro.extras.subcommand_cli_from_dict(VERBS, prog="tinylm", description=__doc__)
+        return 0
+
+    return guarded(start)
 
 
 if __name__ == "__main__":

@@ -101,6 +101,15 @@ def listing(configs: list[PretrainConfig], data: Dataset, rate: float) -> Table:
     return table
 
 
+def result(record: dict[str, Any]) -> str:
+    """Say what a run came to, in a line."""
+    if not record["loss"]:
+        return f"{record['id']}: {record['status']}"
+    loss = record["loss"]
+    return (f"{record['id']}: {loss['nats_per_token']:.4f} nats a token (se {loss['stderr']:.4f}), "
+            f"{loss['bits_per_byte']:.4f} bits a byte after {record['tokens']} tokens")
+
+
 def corpus(c: Corpus) -> str:
     """Say what was read."""
     read = ", ".join(f"{r['name']}: {r['documents']} documents, {r['bytes'] / 1e6:.2f} MB"

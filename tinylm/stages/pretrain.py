@@ -89,7 +89,7 @@ def pretrain(
     """Train, evaluate and return the record; a finished run returns its record at once."""
     folder = Path(folder)
     with files.lease(folder):
-        plan = run.settle(folder, config, "pretrain", plan)
+        plan = run.settle(folder, config, "pretrain", plan, data.folder.parent)
         if (done := run.record(folder)) is not None:
             return done
         epochs = check(config, data, plan)

@@ -62,7 +62,7 @@ def sft(
     """
     folder = Path(folder)
     with files.lease(folder):
-        plan = run.settle(folder, config, "sft", plan)
+        plan = run.settle(folder, config, "sft", plan, data.folder.parent)
         if (done := run.record(folder)) is not None:
             return done
         if (wanted := conversations_id(train, held)) != config.data_id:

@@ -6,6 +6,7 @@ what is reproducible; timing.jsonl and environment.json hold clocks and host fac
 
 import functools
 import hashlib
+import os
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -33,8 +34,11 @@ class Stopped(Exception):
     """A signal asked the run to stop; it has saved its state (exit code 75)."""
 
 
-def settle(folder: Path, config: Any, kind: str, plan: machine.Plan) -> machine.Plan:
-    """Write a new run's config and plan, or check a resumed one's; return the plan to follow."""
+def settle(folder: Path, config: Any, kind: str, plan: machine.Plan, text: Path) -> machine.Plan:
+    """Write a new run's config and plan, or check a resumed one's; return the plan to follow.
+
+    `text` is the prepared folder; environment.json keeps the way to it, and no hash covers that.
+    """
     folder = Path(folder)
     mine = {"schema": SCHEMA, "kind": kind, "id": configs.identity(config),
             "code_id": code_id(), "versions": machine.versions(), "config": configs.to_json(config)}
@@ -43,7 +47,8 @@ def settle(folder: Path, config: Any, kind: str, plan: machine.Plan) -> machine.
         _same(place, files.read_json(place), mine)
         return configs.from_json(machine.Plan, files.read_json(folder / "plan.json"), "plan.json")
     files.write_json(folder / "plan.json", asdict(plan))
-    files.write_json(folder / "environment.json", machine.environment())
+    way = {"text": os.path.relpath(text, folder)}
+    files.write_json(folder / "environment.json", {**machine.environment(), **way})
     files.write_json(place, mine)
     return plan
 
