@@ -89,7 +89,7 @@ BAD = {
 
 def test_good_lines_are_read_whatever_the_line_ends(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_bytes(b"\xef\xbb\xbf" + f"{GOOD}\r\n\r\n{GOOD}\r\n".encode())
+    path.write_bytes(b"\xef\xbb\xbf" + f"{GOOD}\r\n \r\n{GOOD}\r\n".encode())
     assert chat.read_jsonl(path) == [tuple(TALK)] * 2
 
 

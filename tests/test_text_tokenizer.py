@@ -114,6 +114,7 @@ def test_training_without_text_is_refused(texts):
 def test_training_takes_any_string():
     learnt = tokenizer.train([prose(1), *STRANGE, "\u2585 in a line", "x" * 50_000], 150)
     assert learnt.decode(learnt.encode(prose(2))) == prose(2)
+    tokenizer.train(["one line without an end " * 4000], 40)
 
 
 def test_more_text_than_the_limit_is_thinned_evenly(monkeypatch, learnt):
@@ -153,8 +154,11 @@ def test_stray_half_bytes_and_bad_bytes_become_replacement_characters(learnt):
 def test_streamed_bytes_join_to_the_text(learnt):
     text = "caf\u00e9 \U0001f600 the river"
     ids = learnt.encode(text)
-    whole = [learnt.decode_bytes(ids[:n]) for n in range(len(ids) + 1)]
-    assert whole[-1].decode() == text
+    assert learnt.decode_bytes(ids).decode() == text
+    for stream in (ids, np.random.default_rng(1).integers(0, learnt.V, 300)):
+        whole = learnt.decode_bytes(stream, control=True)
+        for n in range(len(stream)):
+            assert whole.startswith(learnt.decode_bytes(stream[:n], control=True))
 
 
 @pytest.mark.parametrize("ids", [[-1], [120], [10**6]])

@@ -1,24 +1,227 @@
 """One self-contained HTML file of a study, redrawn from its records."""
 
 import html
+import math
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tinylm import files
+from tinylm.look import page, plots
+from tinylm.look.page import p, scientific, shown, table
+from tinylm.look.questions import ANSWERS
+from tinylm.look.study import Study
+from tinylm.text import prepare, shards
+from tinylm.train import run
+
+KINDS = ("sweep", "tuning", "position", ".")  # folders of runs; target and chat lie at the top
+PIECES = 90  # tokens of held-out text shown in colours
+WORDS = 12  # long words shown in pieces
 
 
 def write(folder: Path) -> Path:
-    """Write report.html from the study's files; return its path."""
-    folder = Path(folder)
-    score = files.read_json(folder / "score.json")
-    body = [f"<h1>{html.escape(score['name'])}</h1>", _table([score])]
-    body.append(_table(files.read_json(folder / "samples.json")))
-    page = "<!doctype html><meta charset=utf-8><title>tinylm study</title>" + "\n".join(body)
-    files.write_text(folder / "report.html", page)
-    return folder / "report.html"
+    """Write report.html from the study's files and return its path; what is missing is said."""
+    study = Study(Path(folder))
+    parts = [page.section(title, makers, study) for title, makers in SECTIONS.items()]
+    place = study.folder / "report.html"
+    files.write_text(place, page.whole("A scaling study", "\n".join(parts)))
+    return place
 
 
-def _table(rows: list[dict[str, Any]]) -> str:
-    head = "".join(f"<th>{html.escape(k)}</th>" for k in rows[0])
-    lines = ["".join(f"<td>{html.escape(str(v))}</td>" for v in row.values()) for row in rows]
-    return f"<table><tr>{head}</tr>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+def warnings(study: Study) -> str:
+    """List what a reader must know before trusting the numbers."""
+    runs = [r for kind in KINDS for r in study.records(kind)]
+    found = [f"at width {v['width']} the best rate, {v['best']:.2e}, is the edge of the range "
+             "checked, so the rate rule may be off" for v in study.optional("tuning.json", [])
+             if v["at_edge"]]
+    found += [f"no minimum at {scientific(m['flops'])} FLOPs: {m['reason']}"
+              for m in study.optional("law.json", {"minima": []})["minima"] if not m["bracketed"]]
+    found += [f"run {r['id']} ended as {r['status']}" for r in runs if r["status"] != "ok"]
+    for place in sorted(study.folder.rglob("failure.json")):
+        if run.record(place.parent) is None:
+            found.append(f"run {place.parent.name} failed: {files.read_json(place)['reason']}")
+    codes = sorted({r["code_id"] for r in runs})
+    if len(codes) > 1:
+        found.append(f"the runs come from {len(codes)} versions of the code: {', '.join(codes)}")
+    most = max((r["epochs"] for r in runs if r["kind"] != "sft"), default=0.0)
+    if most > 1:
+        found.append(f"a run saw its training text {most:.2f} times")
+    return "".join(p(f"Warning: {text}.", "warn") for text in found) or p("No warnings.")
+
+
+def headline(study: Study) -> str:
+    """Put forecast beside outcome."""
+    s, f = study.part("score.json"), study.part("forecast.json")
+    return p(f"Forecast {s['predicted']:.4f} nats per token, measured {s['measured']:.4f}: the "
+             f"forecast erred by {s['error_percent']:+.2f}%, and the outcome lies "
+             f"{'inside' if s['inside'] else 'OUTSIDE'} its interval, {s['low']:.4f} to "
+             f"{s['high']:.4f}.", "big") + p(
+        f"A straight line through the last two minima would have erred by "
+        f"{s['naive_error_percent']:+.2f}%. This is the study “{s['name']}”: its held-out run took "
+        f"{scientific(s['target_flops'])} FLOPs on {f['target_params']:,.0f} parameters and "
+        f"{f['target_tokens']:,.0f} tokens. The forecast came first: the run's config names its "
+        f"file's sha256, {s['forecast_sha256']}.")
+
+
+def growth(study: Study) -> str:
+    """Give the exponents."""
+    e = study.fitted("exponents")
+    return p(f"Best parameters grow as FLOPs^{e['a']:.3f} (standard error {e['a_se']:.3f}), best "
+             f"tokens as FLOPs^{e['b']:.3f} ({e['b_se']:.3f}).")
+
+
+def text(study: Study) -> str:
+    """Give the tokenizer's facts, and words cut into coloured pieces."""
+    data = shards.open_dataset(study.folder / "text/tokens")
+    tokenizer, f = prepare.open_tokenizer(study.folder / "text"), data.facts
+
+    def pieces(ids: np.ndarray) -> str:
+        return "".join(f'<span class="c{n % 4}">{html.escape(shown(tokenizer.piece(int(i))))}'
+                       "</span>" for n, i in enumerate(ids))
+
+    rows = [(split, part, *(f"{n[k]:,}" for k in ("documents", "tokens", "bytes")),
+             f"{n['bytes'] / max(n['tokens'], 1):.3f}")
+            for split in ("train", "heldout") for part, n in f["counts"][split].items()]
+    words = set(re.findall(r"\w{4,}", tokenizer.decode(data.heldout[:20_000])))
+    long = sorted(words, key=lambda w: (-len(w), w))[:WORDS]
+    read = "; ".join(f"{r['name']}: {r['documents']:,} documents, {r['bytes']:,} bytes"
+                     for r in f["read"])
+    return p(f"Read {read}. {f['duplicates']:,} duplicates dropped. The vocabulary has V={f['V']} "
+             "ids.") + table(
+        ("split", "part", "documents", "tokens", "bytes", "bytes per token"), rows) + (
+        f'<p>The held-out text begins:</p><p class="text">{pieces(data.heldout[:PIECES])}</p>'
+        '<p>The longest words near its start:</p><p class="text">'
+        + " ".join(pieces(tokenizer.encode(" " + w)) for w in long) + "</p>")
+
+
+def baselines(study: Study) -> str:
+    """Put n-gram tables and transformers into one table and onto one axis."""
+    target, per_nat, levels = study.record("target"), study.bits_per_nat, study.levels()
+    bits, flops = target["loss"]["bits_per_byte"], target["flops"]["exact"]
+    swept, laws = [r["flops"]["exact"] for r in study.records("sweep")], study.frontiers()
+
+    def crossing(at: float) -> str:
+        if not math.isfinite(at):
+            return "not crossed"
+        where = ("below the sweep" if at < min(swept) else "inside the sweep" if at <= max(swept)
+                 else f"beyond it, {at / flops:.3g}×")
+        return f"{scientific(at)} ({where})"
+
+    rows = [(v.name, f"{v.bits:.4f}", f"{v.stderr * per_nat:.4f}", f"{v.nats:.4f}",
+             f"{v.bits - bits:+.4f}", *(crossing(v.flops[k]) for k in laws)) for v in levels]
+    for name, r in [("held-out run", target), *(("position weights*", r)
+                                                for r in study.records("position") if r["loss"])]:
+        found = r["loss"]
+        rows.append((name, f"{found['bits_per_byte']:.4f}", f"{found['stderr'] * per_nat:.4f}",
+                     f"{found['nats_per_token']:.4f}", f"{found['bits_per_byte'] - bits:+.4f}",
+                     *[""] * len(laws)))
+    gaps = [f"The held-out run is {abs(bits - v.bits):.3f} bits per byte "
+            f"({abs(bits / v.bits - 1):.1%}) {'worse' if bits > v.bits else 'better'} than the "
+            f"{v.name} table." for v in levels if v.name in ("4-gram", "5-gram")]
+    return table(("predictor", "bits per byte", "standard error", "nats per token",
+                  "minus the held-out run", *(f"FLOPs where the {k} crosses" for k in laws)), rows,
+                 "× is against the held-out run's FLOPs") + p(
+        " ".join(gaps) + " *Position weights see 8 tokens at a time, so their held-out windows "
+        "differ.") + page.figure(
+        plots.svg(plots.loss_axis(study)), "A cross is where a law comes down to a table; those "
+        "over 100 times beyond the held-out run are in the table only.")
+
+
+def rates(study: Study) -> str:
+    """Show the rate check."""
+    if not study.optional("tuning.json", []):
+        return p("This study checked no learning rates: it trusts its rate rule, and a wrong one "
+                 "would bend the law.")
+    return page.figure(plots.svg(plots.rates(study)),
+                       "A best rate at the end of its curve says that the range was too narrow.")
+
+
+def isoflops(study: Study) -> str:
+    """Show the isoFLOP curves and their minima."""
+    rows = [(scientific(m["flops"]), f"{m['params']:,.0f}", f"{m['tokens']:,.0f}",
+             f"{m['tokens'] / m['params']:.1f}", f"{m['loss']:.4f}",
+             *("" if m[k] is None else f"{m[k]:.4f}" for k in ("loss_se", "curvature")),
+             m["reason"] or "bracketed") for m in study.part("law.json")["minima"]]
+    return page.figure(plots.svg(plots.isoflops(study)),
+                       "A star is the bottom of a budget's parabola; a hollow one is refused.") + (
+        table(("budget (FLOPs)", "best params", "tokens", "tokens per param", "nats",
+               "standard error", "curvature (nats)", "verdict"), rows))
+
+
+def frontier(study: Study) -> str:
+    """Show the frontier, the laws and the forecast."""
+    laws, f = study.part("law.json"), study.part("forecast.json")
+    rows = [(name.replace("_", " with "), laws[name].get("refused") or ", ".join(
+        f"{k} = {v:.5g}" for k, v in laws[name].items() if k not in ("objective", "certificate")))
+        for name in ("frontier", "frontier_floor", "surface")]
+    parts = ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in f["laws"].items())
+    return page.figure(plots.svg(plots.frontier(study)), "The laws are drawn through the minima "
+                       "alone; the forecast joins three of them.") + table(
+        ("law", "fitted numbers (nats per token)"), rows, "", "text") + p(
+        f"The forecast is the {f['rule']}: {parts}. Its interval is a guard drawn from past misses "
+        "and the laws' disagreement, not a calibrated 90%.")
+
+
+def samples(study: Study) -> str:
+    """Lay the first samples of both models side by side."""
+    pair = [[s for s in study.part("samples.json") if s["model"] == m] for m in ("base", "chat")]
+    rows = [(b["prompt"], *(s["text"] + (" ∎" if s["ended"] else " …") for s in (b, c)))
+            for b, c in zip(*pair, strict=False)]
+    return p("All samples of a fixed list of prompts, in order: nobody picked. ∎ ends a turn, … "
+             "was cut off.") + table(("prompt", "base", "chat"), rows, "", "text")
+
+
+def questions(study: Study) -> str:
+    """Answer the five questions."""
+    return "".join(page.section(title, [make], study, 3) for title, make in ANSWERS.items())
+
+
+def every_run(study: Study) -> str:
+    """List every run with its cost and its loss."""
+    rows = []
+    for place in (q.parent for kind in KINDS
+                  for q in sorted((study.folder / kind).glob("*/record.json"))):
+        name, r = str(place.relative_to(study.folder)), run.record(place)
+        size, loss = r.get("params"), r["loss"]
+        params = size["head"] + size["blocks"] if size else math.nan
+        cells = (f"{loss[k]:.4f}" for k in ("nats_per_token", "bits_per_byte", "stderr")
+                 ) if loss else (r["status"], "", "")
+        rows.append((r["flops"]["exact"], name, f"{params:,.0f}" if size else "",
+                     f"{r['tokens']:,}", f"{r['tokens'] / params:.1f}" if size else "",
+                     scientific(r["flops"]["exact"]), f"{r['config']['optim']['lr']:.2e}", *cells,
+                     f"{r['epochs']:.2f}", study.seconds(name)))
+    return table(("run", "params", "tokens", "tokens per param", "FLOPs", "learning rate",
+                  "nats per token", "bits per byte", "standard error (nats)", "epochs", "seconds"),
+                 [row[1:] for row in sorted(rows)], "seconds of wall time, compilation included")
+
+
+def measured(study: Study) -> str:
+    """Say how the numbers were made."""
+    r, fit = study.record("target"), study.part("law.json")["surface"]
+    c, loss = fit.get("certificate"), r["loss"]
+    rows = [
+        ("data", f"{r['data_id']}, tokenizer {r['tokenizer_id']}, evaluation {r['eval_id']}"),
+        ("held-out loss", f"{loss['tokens']:,} tokens in disjoint windows of "
+         f"{r['config']['model']['T']}; standard error {loss['stderr']:.4f} nats, by document"),
+        ("by part, bits/byte", ", ".join(f"{k} {v:.4f}" for k, v in loss["parts"].items())),
+        ("FLOPs", f"6 a token and weight of blocks and head, and the causal half of attention: "
+         f"{scientific(r['flops']['exact'])} (6ND: {scientific(r['flops']['six_nd'])})"),
+        ("parameters", f"blocks and head, {r['params']['blocks']:,} + {r['params']['head']:,}; "
+         "an input table of its own is not counted"),
+        ("surface fit", fit.get("refused") or f"Huber, log loss: {c['agree_share']:.0%} of "
+         f"{c['starts']} starts agree, gradient {c['gradient_norm']:.1e}, condition "
+         f"{c['condition']:.3g}"),
+        ("code", r["code_id"]),
+        ("versions", ", ".join(f"{k} {v}" for k, v in r["versions"].items())),
+        ("plan", ", ".join(f"{k} {v}" for k, v in r["plan"].items()))]
+    return f'<div class="box">{table(("what", "of the held-out run"), rows, "", "text")}</div>'
+
+
+SECTIONS: dict[str, list[Any]] = {
+    "Forecast and outcome": [warnings, headline, growth], "The text and its tokens": [text],
+    "Baselines and transformers": [baselines], "Learning rates": [rates],
+    "Loss at equal compute": [isoflops], "The frontier and the forecast": [frontier],
+    "Samples": [samples], "Five questions": [questions], "All runs": [every_run],
+    "How this was measured": [measured]}

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, ArrayLike, Bool, Float
 
-from tinylm.model.embedding import RMSNorm, param, rotate
+from tinylm.model.embedding import RMSNorm, Rotation, param, rotate
 
 
 class KeyValue(NamedTuple):
@@ -34,15 +34,13 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        angles: Float[Array, "#B T half"],
-        visible: Bool[Array, "#B T S"],
+        turn: Rotation,
+        visible: Bool[ArrayLike, "#B T S"],
         cache: KeyValue | None = None,
         start: Array | int = 0,
     ) -> tuple[Float[Array, "B T D"], KeyValue]:
         """Attend from x to itself, or to the cache with x's keys written at `start`."""
-        q, k, v = (jnp.einsum("btd,dnk->btnk", x, w[...].astype(x.dtype))
-                   for w in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(self.q_norm(q), angles), rotate(self.k_norm(k), angles)
+        q, k, v = self.project(x, turn)
         if cache is not None:
             k = jax.lax.dynamic_update_slice_in_dim(cache.k, k.astype(cache.k.dtype), start, 1)
             v = jax.lax.dynamic_update_slice_in_dim(cache.v, v.astype(cache.v.dtype), start, 1)
@@ -50,18 +48,40 @@ class Attention(nnx.Module):
         out = jnp.einsum("bthk,hkd->btd", mixed, self.o_proj[...].astype(x.dtype))
         return out, KeyValue(k, v)
 
+    def project(
+        self, x: Float[Array, "B T D"], turn: Rotation
+    ) -> tuple[Float[Array, "B T H K"], Float[Array, "B T G K"], Float[Array, "B T G K"]]:
+        """Give x's queries and keys, normalised and rotated, and its values."""
+        q, k, v = (jnp.einsum("btd,dnk->btnk", x, w[...].astype(x.dtype))
+                   for w in (self.q_proj, self.k_proj, self.v_proj))
+        return rotate(self.q_norm(q), turn), rotate(self.k_norm(k), turn), v
+
 
 def attend(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B S G K"],
     v: Float[Array, "B S G K"],
-    visible: Bool[Array, "#B T S"],
+    visible: Bool[ArrayLike, "#B T S"],
 ) -> Float[Array, "B T H K"]:
-    """Mix values by softmax(q k / sqrt(K)); query head h reads key head h // (H / G)."""
+    """Mix values by `weigh`; query head h reads key head h // (H / G)."""
+    B, T, H, K = q.shape
+    v_BGSK = v.transpose(0, 2, 1, 3)
+    mixed_BGJTK = jnp.einsum("bgjts,bgsk->bgjtk", weigh(q, k, visible).astype(v.dtype), v_BGSK)
+    return mixed_BGJTK.transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
+
+
+def weigh(
+    q: Float[Array, "B T H K"], k: Float[Array, "B S G K"], visible: Bool[ArrayLike, "#B T S"]
+) -> Float[Array, "B G J T S"]:
+    """Give softmax_s(q k / sqrt(K)), float32; J = H / G query heads share a key head.
+
+    Heads are moved in front of time first: a CPU multiplies batches of plain matrices fastest
+    (forward and backward take 0.77 of the time at T=128, K=32).
+    """
     B, T, H, K = q.shape
     G = k.shape[2]
-    q_BTGJK = q.reshape(B, T, G, H // G, K)
-    scores = jnp.einsum("btgjk,bsgk->bgjts", q_BTGJK, k, preferred_element_type=jnp.float32)
+    q_BGJTK = q.reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4)
+    k_BGSK = k.transpose(0, 2, 1, 3)
+    scores = jnp.einsum("bgjtk,bgsk->bgjts", q_BGJTK, k_BGSK, preferred_element_type=jnp.float32)
     scores = jnp.where(visible[:, None, None], scores * K**-0.5, -1e30)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bgjts,bsgk->btgjk", weights, v).reshape(B, T, H, K)
+    return jax.nn.softmax(scores, axis=-1)

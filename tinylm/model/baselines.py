@@ -71,7 +71,8 @@ class NGram:
         places = _places(self.grams, _checked(tokens, self.V), self.V)
         return -np.log(_probability(self.tables, places, self.V))
 
-    def counts(self, context: Sequence[int], k: int) -> list[tuple[int, int, float]]:
+    def counts(self, context: Sequence[int] | np.ndarray,
+               k: int) -> list[tuple[int, int, float]]:
         """List the k likeliest tokens seen after a context as (id, occurrences, probability).
 
         The context is cut to its last order - 1 tokens, then shortened until it has been seen.

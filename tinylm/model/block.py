@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, ArrayLike, Bool, Float
 
 from tinylm.model.attention import Attention, KeyValue
-from tinylm.model.embedding import RMSNorm, param
+from tinylm.model.embedding import RMSNorm, Rotation, param
 
 
 class MLP(nnx.Module):
@@ -38,12 +38,12 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        angles: Float[Array, "#B T half"],
-        visible: Bool[Array, "#B T S"],
+        turn: Rotation,
+        visible: Bool[ArrayLike, "#B T S"],
         cache: KeyValue | None = None,
         start: Array | int = 0,
     ) -> tuple[Float[Array, "B T D"], KeyValue]:
         """Add attention's and the MLP's output to the residual stream."""
-        mixed, kept = self.self_attn(self.input_layernorm(x), angles, visible, cache, start)
+        mixed, kept = self.self_attn(self.input_layernorm(x), turn, visible, cache, start)
         x = x + mixed
         return x + self.mlp(self.post_attention_layernorm(x)), kept

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -18,7 +19,7 @@ from tinylm.config import BadInput
 from tinylm.laws.accounting import Shape
 from tinylm.model.attention import KeyValue
 from tinylm.model.block import Block
-from tinylm.model.embedding import Embedding, RMSNorm, rope_angles
+from tinylm.model.embedding import Embedding, RMSNorm, rotation
 from tinylm.model.position_weights import PositionWeights
 
 Params = dict[str, Any]
@@ -114,7 +115,7 @@ class Decoder(nnx.Module):
         segment and positions restart with it.
         """
         T = tokens.shape[1]
-        index = jnp.arange(T)
+        index = np.arange(T)
         visible = (index[:, None] >= index[None, :])[None]
         positions = index[None]
         if segments is not None:
@@ -147,13 +148,13 @@ class Decoder(nnx.Module):
 
     def _through(self, tokens, positions, visible, cache, start, unroll):
         c = self.config
-        angles = rope_angles(positions, c.head_width, c.rope_theta)
+        turn = rotation(positions, c.T, c.head_width, c.rope_theta)
         dtype = jnp.dtype("bfloat16" if c.compute == "bf16" else "float32")
         x = self.embed_tokens(tokens, dtype)
 
         def body(x, layer):
             block, kept = layer
-            x, fresh = block(x, angles, visible, kept, start)
+            x, fresh = block(x, turn, visible, kept, start)
             return x, fresh if cache is not None else None
 
         if not unroll:

@@ -1,9 +1,12 @@
 """Token embedding, root-mean-square norm and rotary positions: what attention stands on."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Int
 
 
 def param(rngs: nnx.Rngs, shape: tuple[int, ...], std: float) -> nnx.Param:
@@ -40,17 +43,27 @@ class RMSNorm(nnx.Module):
         return (wide * jax.lax.rsqrt(mean + 1e-6) * self.weight[...]).astype(x.dtype)
 
 
-def rope_angles(positions: Int[Array, "B T"], K: int, theta: float) -> Float[Array, "B T half"]:
-    """Give the rotation angle of each position and pair of channels (2104.09864)."""
-    rates = theta ** (-jnp.arange(0, K, 2, dtype=jnp.float32) / K)
-    return positions[..., None].astype(jnp.float32) * rates
+class Rotation(NamedTuple):
+    """Cosine and sine of every position's angles (2104.09864), shared by all heads."""
+
+    cos: Float[ArrayLike, "#B T 1 half"]
+    sin: Float[ArrayLike, "#B T 1 half"]
 
 
-def rotate(
-    x: Float[Array, "B T N K"], angles: Float[Array, "#B T half"]
-) -> Float[Array, "B T N K"]:
+def rotation(positions: Int[ArrayLike, "#B T"], T: int, K: int, theta: float) -> Rotation:
+    """Look positions (below T) up in a table that is a constant of the program.
+
+    Sines of positions known when the program is built (numpy) cost nothing when it runs.
+    """
+    angles = np.arange(T)[:, None] * theta ** (-np.arange(0, K, 2) / K)
+    tables = (f(angles).astype(np.float32) for f in (np.cos, np.sin))
+    if not isinstance(positions, np.ndarray):
+        tables = map(jnp.asarray, tables)
+    return Rotation(*(table[positions][:, :, None] for table in tables))
+
+
+def rotate(x: Float[Array, "B T N K"], by: Rotation) -> Float[Array, "B T N K"]:
     """Rotate channel pairs (k, k + K/2) of every head by the angle of their position."""
-    cos, sin = jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
+    turned = (first * by.cos - second * by.sin, second * by.cos + first * by.sin)
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)

@@ -14,7 +14,7 @@ from tinylm.config import BadInput
 from tinylm.evaluate.heldout import eval_id, heldout
 from tinylm.laws.accounting import flops_per_token
 from tinylm.model.decoder import ModelConfig, Params, init
-from tinylm.text.chat import Packed, conversations, pack, render
+from tinylm.text.chat import Packed, conversations, pack, render, windows
 from tinylm.text.corpora import Document
 from tinylm.text.shards import Dataset
 from tinylm.text.tokenizer import Tokenizer
@@ -103,7 +103,8 @@ def sft(
 
 def pack_corpus(documents: list[Document], tokenizer: Tokenizer, T: int) -> Packed:
     """Render and pack the conversations of documents (or their neighbouring lines)."""
-    return pack([render(c, tokenizer) for c in conversations(documents)], T)
+    rendered = [render(c, tokenizer) for c in conversations(documents)]
+    return pack([part for r in rendered for part in windows(*r, T)], T)
 
 
 def load_params(folder: Path, model: ModelConfig) -> Params:

@@ -1,0 +1,110 @@
+"""Does the best learning rate stay where it is when the width changes?
+
+question   At equal steps and batch, does the rate with the least held-out loss (a parabola in
+           log2 of the rate, 5 rates, 3 seeds) move by less than a factor 2 over the study's widths?
+command    python experiments/lr_by_width.py --out studies/lr_by_width
+cost       about 10 minutes on two cores
+expected   less than a factor 2 between the smallest and the largest width
+result     experiments/results/lr_by_width.csv, lr_by_width.json
+"""
+
+import csv
+import io
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+from tinylm import files, machine
+
+machine.pin(devices=max(2, len(machine.cores())))
+
+from tinylm.__main__ import guarded  # noqa: E402  (JAX must start pinned)
+from tinylm.look import progress  # noqa: E402
+from tinylm.model.decoder import ModelConfig  # noqa: E402
+from tinylm.stages.pretrain import PretrainConfig  # noqa: E402
+from tinylm.sweep import runner  # noqa: E402
+from tinylm.text import corpora, prepare  # noqa: E402
+from tinylm.train.optim import OptimConfig  # noqa: E402
+
+
+@dataclass
+class Args:
+    """Sweep the rate at several widths with everything else equal; finished runs are kept."""
+
+    out: Path
+    """folder of the runs"""
+    corpus: tuple[str, ...] = ()
+    """text files; none: the default corpus"""
+    widths: tuple[int, ...] = (16, 48, 160)
+    """smallest, middle and largest width of the study"""
+    rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
+    """rates of a width-64 model"""
+    seeds: int = 3
+    """of initial parameters and data order"""
+    steps: int = 500
+    """of 512 tokens"""
+    V: int = 1024
+    """rows of the vocabulary"""
+    results: Path | None = None
+    """folder for the table and the summary"""
+
+
+def main(args: Args) -> int:
+    """Train every rate at every width and seed; print the minima with their intervals."""
+    corpus = corpora.load(args.corpus)
+    data, _ = prepare.prepare(args.out / "text", corpus, args.V)
+    runs = [PretrainConfig(ModelConfig(V=data.V, D=width), OptimConfig(lr=rate), args.steps, 512,
+                           seed, data.id)
+            for width in args.widths for rate in args.rates for seed in range(args.seeds)]
+    with progress.live("rates by width") as watch:
+        records = runner.sweep(args.out / "runs", runs, data.folder, watch)
+    table = [(r["config"]["model"]["D"], r["config"]["optim"]["lr"], r["seed"],
+              r["loss"]["nats_per_token"], r["id"]) for r in records if r["loss"]]
+    table.sort()
+    minima = {width: minimum([row for row in table if row[0] == width]) for width in args.widths}
+    ends = [minima[w]["best"] for w in (args.widths[0], args.widths[-1])]
+    summary = {"minima": {str(w): m for w, m in minima.items()},
+               "factor_smallest_to_largest": max(ends) / min(ends)}
+    for width, m in minima.items():
+        progress.say(f"D={width}: best rate {m['best']:.2e} [{m['low']:.2e}, {m['high']:.2e}]"
+                     + (" AT AN EDGE" if m["at_edge"] else ""))
+    progress.say(f"moves by a factor {summary['factor_smallest_to_largest']:.2f}")
+    if args.results:
+        text = io.StringIO()
+        rows = csv.writer(text, lineterminator="\n")
+        rows.writerow(("width", "lr", "seed", "nats_per_token", "id"))
+        rows.writerows(table)
+        files.write_text(args.results / "lr_by_width.csv", text.getvalue())
+        files.write_json(args.results / "lr_by_width.json", summary)
+    return 0
+
+
+def minimum(rows: list[tuple]) -> dict:
+    """Fit a parabola in log2(rate) near the best rate; bootstrap over the runs of each rate."""
+    rates = sorted({row[1] for row in rows})
+    losses = [[row[3] for row in rows if row[1] == rate] for rate in rates]
+    best = _bottom(rates, [np.mean(each) for each in losses])
+    rng = np.random.default_rng(0)
+    drawn = [_bottom(rates, [np.mean(rng.choice(each, len(each))) for each in losses])
+             for _ in range(400)]
+    low, high = np.quantile(drawn, (0.05, 0.95))
+    return {"best": best, "low": float(low), "high": float(high),
+            "at_edge": not rates[0] < best < rates[-1],
+            "mean_losses": dict(zip(map(str, rates), map(float, map(np.mean, losses)),
+                                    strict=True))}
+
+
+def _bottom(rates: list[float], losses: list[float]) -> float:
+    x, y = np.log2(rates), np.array(losses)
+    first = min(max(int(y.argmin()) - 2, 0), len(x) - 5)
+    near = slice(first, first + 5)
+    c2, c1, _ = np.polyfit(x[near] - x.mean(), y[near], 2)
+    at = -c1 / (2 * c2) if c2 > 0 else (x[y.argmin()] - x.mean())
+    return float(2 ** np.clip(at + x.mean(), x[0], x[-1]))
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(lambda: main(tyro.cli(Args))))

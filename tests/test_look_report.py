@@ -1,0 +1,199 @@
+"""The report: what it says of a study with known numbers, and what it says of missing ones."""
+
+import html.parser
+import re
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from test_stages_pretrain import story
+
+from tinylm import files
+from tinylm.config import to_json
+from tinylm.evaluate.heldout import eval_id
+from tinylm.laws import forecast
+from tinylm.look import report
+from tinylm.model.decoder import ModelConfig, init
+from tinylm.sweep import law
+from tinylm.text import corpora, prepare
+from tinylm.train import checkpoint
+from tinylm.train.step import State
+
+A, GAMMA, GROWTH = 20.0, 0.07, 0.45
+HOSTILE = "<script>alert('x')</script> & \"quoted\" \\1 $"
+
+
+def planted(params: float, flops: float) -> float:
+    """A power law along the best sizes, and a parabola across them."""
+    off = np.log(params) - GROWTH * np.log(flops / 1e9) - np.log(3e3)
+    return float(A * flops**-GAMMA + 0.1 * off**2)
+
+
+def record(name: str, params: float, flops: float, model: ModelConfig, test: str, **changes):
+    """A finished run's record with a planted loss."""
+    loss = planted(params, flops)
+    scored = {"nats_per_token": loss, "bits_per_byte": 0.7 * loss, "stderr": 0.01,
+              "parts": {"all": 0.7 * loss}, "tokens": 1000}
+    return {"schema": 1, "id": name, "kind": "pretrain", "status": "ok", "code_id": "code",
+            "config": {"model": to_json(model), "optim": {"lr": 1e-3}, "forecast_sha256": ""},
+            "versions": {"python": "3"}, "plan": {"devices": 1}, "data_id": "d",
+            "tokenizer_id": "t", "eval_id": test, "params": {"embedding": 0, "head": 100,
+            "blocks": round(params) - 100}, "tokens": round(flops / 6 / params), "epochs": 0.5,
+            "loss": scored, "flops": {"exact": flops, "six_nd": flops}, **changes}
+
+
+def fake(folder) -> None:
+    """Write a whole study whose law is known and whose target is an untrained model."""
+    for n in range(24):
+        files.write_text(folder / f"raw/{n:02d}.txt", story(n, 12))
+    corpus = corpora.load(sorted(map(str, (folder / "raw").glob("*.txt"))))
+    data, _ = prepare.prepare(folder / "text", corpus, 96)
+    model = ModelConfig(V=96, D=16, L=2, H=2, T=32)
+    test, sizes = eval_id(data, model.T), (0.4, 0.7, 1.0, 1.5, 2.5)
+    records = [record(f"run{b}{s}", 3e3 * (b**GROWTH) * size, b * 1e9, model, test)
+               for b in (1, 2, 4) for s, size in enumerate(sizes)]
+    for r in records:
+        files.write_json(folder / f"sweep/{r['id']}/record.json", r)
+    files.write_json(folder / "law.json", law.fit(records))
+    tables = {str(n): {"nats_per_token": x, "bits_per_byte": 0.7 * x, "stderr": 0.02}
+              for n, x in enumerate((5.5, 4.6, 4.2, 3.9), 1)}
+    files.write_json(folder / "baselines.json", {"eval_id": test, "tables": tables})
+    runs, ids, _ = law.runs_of(records)
+    sha = forecast.write(folder / "forecast.json", forecast.make(
+        runs, ids, 2e10, 3e3 * 20**GROWTH, 1e6, test, name="tiny"))
+    target = record("target", 3e3 * 20**GROWTH, 2e10, model, test)
+    target["config"]["forecast_sha256"] = sha
+    files.write_json(folder / "target/record.json", target)
+    params = init(model, jax.random.key(0))
+    checkpoint.save(folder / "target/checkpoints", State(params, {}, {}, np.int32(1)))
+    files.write_json(folder / "score.json",
+                     forecast.check(folder / "forecast.json", target)._asdict())
+    files.write_json(folder / "chat/record.json", {
+        **record("chat", 3e3, 1e8, model, test, kind="sft"),
+        "answers_nats_per_token": {"before": 5.0, "after": 4.0}})
+    files.write_json(folder / "samples.json", [
+        {"model": m, "prompt": "Hello", "text": HOSTILE, "tokens": 3, "ended": m == "chat"}
+        for m in ("base", "chat")])
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("look") / "study"
+    fake(folder)
+    return folder
+
+
+@pytest.fixture()
+def study(whole, tmp_path):
+    """A copy that a test may break."""
+    return shutil.copytree(whole, tmp_path / "study")
+
+
+@pytest.fixture(scope="session")
+def page(whole):
+    return report.write(whole).read_text()
+
+
+def change(path, **values):
+    files.write_json(path, {**files.read_json(path), **values})
+
+
+class Reader(html.parser.HTMLParser):
+    """Collect tags, attributes and text."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.tags, self.links, self.words = [], [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.links += [v for k, v in attrs if k in ("src", "href", "xlink:href", "srcset", "data")]
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def test_the_report_names_no_address_on_the_web_and_needs_no_script(page):
+    read = Reader(page)
+    assert not re.search(r"https?:|//www|@import|url\((?!#)", page)
+    assert all(link.startswith("#") for link in read.links)
+    assert not {"script", "link", "iframe", "object"} & set(read.tags)
+
+
+def test_the_report_says_forecast_outcome_and_interval(page, whole):
+    s = files.read_json(whole / "score.json")
+    for number in (f"{s['predicted']:.4f}", f"{s['measured']:.4f}", f"{s['error_percent']:+.2f}%",
+                   s["forecast_sha256"], f"FLOPs^{GROWTH:.3f}"):
+        assert number in page
+    assert "inside its interval" in page and "No warnings." in page and "Not shown" not in page
+
+
+def test_hostile_sample_text_is_escaped(page):
+    assert "<script" not in page
+    assert sum(HOSTILE in text for text in Reader(page).words) == 2
+
+
+def test_every_figure_has_a_label_that_states_its_finding(page):
+    labels = re.findall(r'<svg role="img" aria-label="([^"]+)"', page)
+    assert len(labels) == 4
+    assert any("beats the 3-gram table" in label for label in labels)
+    assert any(f"Best size grows as FLOPs^{GROWTH:.2f}" in label for label in labels)
+
+
+def test_crossings_are_placed_inside_and_beyond_the_sweep(page):
+    assert re.search(r"<td>2-gram</td>.*?\(inside the sweep\)", page)
+    assert re.search(rf"<td>4-gram</td>.*?\(beyond it, {(A / 3.9) ** (1 / GAMMA) / 2e10:.3g}×\)",
+                     page)
+
+
+def test_what_ten_times_the_compute_buys_is_the_law_s(page):
+    gain = planted(3e3 * 20**GROWTH, 2e10) * (1 - 10**-GAMMA)
+    assert f"<td>{gain:.4f}</td><td>{0.7 * gain:.4f}</td><td>{1 - 10**-GAMMA:.2%}</td>" in page
+
+
+def test_a_worked_attention_weight_is_the_model_s_own(page):
+    by_hand, own = re.search(r"is the weight ([\d.]+) \(the model computed ([\d.]+)\)", page).groups()
+    assert by_hand == own
+
+
+def test_a_refused_law_is_said_not_raised(study):
+    refused = {"refused": "2 budgets are too few"}
+    change(study / "law.json", frontier=refused, frontier_floor=refused, exponents=refused,
+           surface=refused)
+    page = report.write(study).read_text()
+    assert "2 budgets are too few" in page and "No exponent" in page
+    assert "Forecast and outcome" in page and "How this was measured" in page
+
+
+def test_a_law_with_a_floor_above_a_table_never_crosses_it(study):
+    change(study / "law.json", frontier_floor={"E": 4.0, "A": 5.0, "gamma": 0.1})
+    assert re.search(r"<td>4-gram</td>.*?<td>not crossed</td>", report.write(study).read_text())
+
+
+@pytest.mark.parametrize("name", ["score.json", "law.json", "baselines.json", "samples.json", "text",
+                                  "target", "chat", "sweep", "forecast.json"])
+def test_a_missing_part_is_said_without_the_folder_s_path(study, name):
+    place = study / name
+    shutil.rmtree(place) if place.is_dir() else place.unlink()
+    page = report.write(study).read_text()
+    assert "Not shown" in page and str(study) not in page
+
+
+def test_warnings_come_first_and_name_what_is_wrong(study):
+    found = files.read_json(study / "law.json")
+    found["minima"][0].update(bracketed=False, reason="add smaller models")
+    files.write_json(study / "law.json", found)
+    change(study / "sweep/run10/record.json", status="diverged", loss=None)
+    change(study / "sweep/run11/record.json", code_id="other", epochs=2.5)
+    files.write_json(study / "sweep/lost/failure.json", {"reason": "out of memory"})
+    files.write_json(study / "tuning.json", [
+        {"width": 8, "steps": 9, "rates": [1e-3, 2e-3, 4e-3], "losses": [4.2, 4.1, None],
+         "best": 4e-3, "at_edge": True}])
+    page = report.write(study).read_text()
+    warned = page[: page.index("Forecast 3.")]
+    for words in ("at width 8", "add smaller models", "run10 ended as diverged", "2.50 times",
+                  "2 versions of the code", "lost failed: out of memory"):
+        assert words in warned
+    assert "lies inside the range at 0 of 1 sizes" in page and "1 minima refused" in page

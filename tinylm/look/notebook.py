@@ -1,0 +1,44 @@
+"""Execute a notebook's py:percent source against a study; its outputs are kept."""
+
+import os
+import tempfile
+from pathlib import Path
+
+from tinylm import files
+from tinylm.look import progress
+
+SECONDS = 120  # the longest a cell may take
+
+
+def execute(source: Path, folder: Path) -> Path | None:
+    """Run `source` on the study in `folder` into study.ipynb there; None without the extra.
+
+    The kernel is the running interpreter, whatever kernels are installed, and keeps its own files
+    in a temporary folder; the notebook finds the study through TINYLM_STUDY.
+    """
+    try:
+        import jupytext
+        import nbformat
+        from jupyter_client.kernelspec import KernelSpecManager
+        from nbclient import NotebookClient
+    except ImportError as missing:
+        progress.say(f"no notebook: {missing.name} is not installed; "
+                     "pip install 'tinylm[notebooks]'")
+        return None
+    book = jupytext.read(Path(source), fmt="py:percent")
+    for number, cell in enumerate(book.cells):
+        cell.id = f"cell-{number}"  # the same notebook from the same records
+    with tempfile.TemporaryDirectory() as own:
+        places = ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR")
+        env = {**os.environ, **dict.fromkeys(places, own),
+               "TINYLM_STUDY": str(Path(folder).absolute()), "PYTHONPATH": os.pathsep.join(
+                   [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])}
+        client = NotebookClient(book, kernel_name="python3", timeout=SECONDS, record_timing=False,
+                                resources={"metadata": {"path": own}})
+        kernel = client.create_kernel_manager()
+        kernel.kernel_spec_manager = KernelSpecManager(kernel_dirs=[])  # python3 is then ours
+        kernel.transport, kernel.connection_file = "ipc", str(Path(own) / "kernel.json")
+        client.execute(env=env)
+    place = Path(folder) / "study.ipynb"
+    files.write_text(place, nbformat.writes(book) + "\n")
+    return place

@@ -1,0 +1,177 @@
+"""Figures of a study, drawn from its records with matplotlib's objects: no global state."""
+
+import html
+import io
+import math
+import re
+import warnings
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
+
+from tinylm.laws import forecast, isoflop
+from tinylm.look.page import scientific
+from tinylm.look.study import Study
+from tinylm.sweep import law
+
+BLACK, ORANGE, SKY, GREEN, BLUE, RED, PURPLE = (  # Okabe and Ito, told apart by all
+    "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7")
+LAWS = {"power law": (BLUE, "-"), "law with floor": (ORANGE, "--")}
+REACH = 100.0  # crossings further than this factor beyond the target are left off the figure
+STYLE = {"svg.hashsalt": "tinylm", "svg.fonttype": "none", "font.size": 10, "axes.grid": True,
+         "grid.alpha": 0.25, "axes.spines.top": False, "axes.spines.right": False,
+         "axes.titlesize": 11, "axes.titlelocation": "left", "legend.frameon": False}
+
+
+def loss_axis(study: Study) -> Figure:
+    """Put baselines, runs, frontier and target on one axis of bits per byte over FLOPs."""
+    figure, ax = _axes("training FLOPs", "held-out loss (bits per byte)")
+    target, per_nat, levels = study.record("target"), study.bits_per_nat, study.levels()
+    aim, runs = target["flops"]["exact"], law.runs_of(study.records("sweep"))[0]
+    ax.scatter(runs.flops, runs.loss * per_nat, s=14, color="0.6", label="sweep runs")
+    _minima(ax, study, per_nat)
+    right = max([aim, *(f for v in levels for f in v.flops.values() if f <= REACH * aim)]) * 1.5
+    for name, line in study.frontiers().items():
+        x = np.geomspace(runs.flops.min(), right, 200)
+        ax.plot(x, line.loss(x) * per_nat, LAWS[name][1], color=LAWS[name][0], label=name)
+        at = [(v.flops[name], v.bits) for v in levels if x[0] <= v.flops[name] <= right]
+        ax.scatter(*zip(*at, strict=True), marker="x", color=LAWS[name][0]) if at else None
+    low, high = ax.get_ylim()
+    at = math.inf
+    for level in levels:
+        at = min(level.bits, at - 0.045 * (high - low))  # names of close levels keep apart
+        ax.axhline(level.bits, color=GREEN, lw=0.8, ls=":")
+        ax.annotate(level.name, (1.01, at), xycoords=("axes fraction", "data"), va="center",
+                    color=GREEN, size=9)
+    for record in study.records("position"):
+        if record["loss"]:
+            ax.scatter(record["flops"]["exact"], record["loss"]["bits_per_byte"], marker="s",
+                       color=PURPLE, label="position weights")
+    bits = target["loss"]["bits_per_byte"]
+    ax.scatter(aim, bits, marker="D", s=45, color=RED, zorder=5, label="held-out run")
+    beaten = [v.name for v in levels if v.bits > bits]
+    return _done(ax, f"The held-out run ({bits:.3f} bits per byte) beats "
+                     + (f"the {beaten[-1]} table" if beaten else "no n-gram table"))
+
+
+def isoflops(study: Study) -> Figure:
+    """Draw loss over parameters, a colour a budget, with each parabola and its minimum."""
+    figure, ax = _axes("parameters (blocks and head)", "held-out loss (nats per token)")
+    runs = law.runs_of(study.records("sweep"))[0]
+    found, labels = study.part("law.json")["minima"], isoflop.group(runs.flops)
+    for label, m in enumerate(found):
+        colour = matplotlib.colormaps["viridis"](0.88 * label / max(len(found) - 1, 1))
+        here = runs.keep(labels == label)
+        ax.scatter(here.params, here.loss, s=20, color=colour, label=f"{m['flops']:.1e} FLOPs")
+        c = np.array([math.nan if x is None else x for x in m["coefficients"]])
+        if np.isfinite(c).all():
+            u = np.linspace(*np.log([here.params.min(), here.params.max()]), 60)
+            ax.plot(np.exp(u), c[0] + c[1] * u + c[2] * u**2, color=colour, lw=1)
+        ax.scatter(m["params"], m["loss"], marker="*", s=150, edgecolor=colour, zorder=4,
+                   facecolor=colour if m["bracketed"] else "none")
+    refused = sum(not m["bracketed"] for m in found)
+    e = study.part("law.json")["exponents"]
+    return _done(ax, ("No exponent: too few budgets show a minimum" if "refused" in e else
+                      f"Best size grows as FLOPs^{e['a']:.2f} (standard error {e['a_se']:.2f})")
+                     + (f"; {refused} minima refused (hollow)" if refused else ""))
+
+
+def frontier(study: Study) -> Figure:
+    """Draw the minima, the laws through them, the forecast with its interval and the outcome."""
+    figure, ax = _axes("training FLOPs", "held-out loss (nats per token)")
+    f, score = forecast.read(study.folder / "forecast.json"), study.part("score.json")
+    _minima(ax, study, 1.0)
+    x = np.geomspace(min(m["flops"] for m in study.part("law.json")["minima"]),
+                     f.target_flops * 1.5, 200)
+    for name, line in study.frontiers().items():
+        ax.plot(x, line.loss(x), LAWS[name][1], color=LAWS[name][0], label=name)
+    ax.errorbar(f.target_flops, f.predicted, [[f.predicted - f.low], [f.high - f.predicted]],
+                fmt="o", color=GREEN, capsize=6, label="forecast and its interval")
+    ax.scatter(f.target_flops, f.naive, marker="x", color=PURPLE, label="naive slope")
+    ax.scatter(f.target_flops, score["measured"], marker="D", s=45, color=RED, zorder=5,
+               label="measured")
+    ax.set_yscale("log")
+    ax.yaxis.set_major_formatter("{x:.2f}")
+    ax.yaxis.set_minor_formatter("{x:.2f}")
+    return _done(ax, f"The forecast is off by {score['error_percent']:+.2f}%, the outcome "
+                     f"{'inside' if score['inside'] else 'OUTSIDE'} its interval")
+
+
+def rates(study: Study) -> Figure:
+    """Draw the rate check: loss above each size's best over the learning rate."""
+    figure, ax = _axes("learning rate (at width 64)", "loss above the best (nats per token)")
+    verdicts = study.part("tuning.json")
+    for n, v in enumerate(verdicts):
+        kept = [(r, x) for r, x in zip(v["rates"], v["losses"], strict=True) if x is not None]
+        r, x = np.array(kept).T if kept else np.zeros((2, 0))
+        ax.plot(r, x - min(x, default=0), "o-", color=(BLUE, ORANGE, GREEN, PURPLE, RED)[n % 5],
+                label=f"width {v['width']}, {v['steps']} steps")
+    edge = sum(v["at_edge"] for v in verdicts)
+    return _done(ax, f"The best rate lies inside the range at {len(verdicts) - edge} of "
+                     f"{len(verdicts)} sizes")
+
+
+def attention(weights: np.ndarray, words: list[str], title: str) -> Figure:
+    """Draw one head's weights, T by S: row t shows what token t reads."""
+    figure, ax = _axes("token read (key)", "token reading (query)", (7, 6.4), log=False)
+    image = ax.pcolormesh(np.ma.masked_equal(np.tril(weights), 0), cmap="Blues", vmin=0, vmax=1)
+    for axis, turn in ((ax.xaxis, 90), (ax.yaxis, 0)):
+        axis.set_ticks(np.arange(len(words)) + 0.5, words, rotation=turn, parse_math=False,
+                       family="monospace", size=8)
+    ax.invert_yaxis()
+    ax.grid(False)
+    figure.colorbar(image, label="attention weight", shrink=0.7)
+    ax.set_title(title, loc="left", size=11, parse_math=False)
+    return figure
+
+
+def svg(figure: Figure) -> str:
+    """Give a figure as inline SVG labelled by its title: no address, the same bytes each time."""
+    text, label = _saved(figure, "svg").decode(), html.escape(figure.axes[0].get_title("left"))
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    drawn = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text[text.index(" viewBox"):])
+    return f'<svg role="img" aria-label="{label}"' + drawn.replace("xlink:href", "href")
+
+
+def png(figure: Figure) -> bytes:
+    """Give a figure as PNG."""
+    return _saved(figure, "png")
+
+
+def _saved(figure: Figure, kind: str) -> bytes:
+    out = io.BytesIO()
+    with warnings.catch_warnings(), matplotlib.rc_context(STYLE):
+        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # rare scripts
+        figure.savefig(out, format=kind, metadata={"Date": None} if kind == "svg" else None)
+    return out.getvalue()
+
+
+def _axes(x: str, y: str, size: tuple[float, float] = (7, 4.3),
+          log: bool = True) -> tuple[Figure, Axes]:
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(size, layout="constrained")
+        ax = figure.subplots()
+    ax.set(xlabel=x, ylabel=y, xscale="log" if log else "linear")
+    return figure, ax
+
+
+def _minima(ax: Axes, study: Study, scale: float) -> None:
+    kept = [m for m in study.part("law.json")["minima"] if m["bracketed"]]
+    ax.errorbar([m["flops"] for m in kept], [m["loss"] * scale for m in kept],
+                [m["loss_se"] * scale for m in kept], fmt="*", ms=11, color=BLACK,
+                label="isoFLOP minima")
+
+
+def _done(ax: Axes, title: str) -> Figure:
+    """Set the title, the legend, and a log axis whose labels fit."""
+    low, high = ax.get_xlim()
+    ax.xaxis.set_major_locator(LogLocator(subs=(1,) if high > 500 * low else (1, 2, 5)))
+    ax.xaxis.set_major_formatter(lambda x, _: scientific(x, 0))
+    ax.xaxis.set_minor_formatter("")
+    with matplotlib.rc_context(STYLE):
+        ax.set_title(title)
+        ax.legend(loc="best", fontsize=8)
+    return ax.figure

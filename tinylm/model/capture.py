@@ -1,0 +1,52 @@
+"""The same forward pass with its insides kept: queries, keys and attention weights by layer.
+
+Every number comes from the modules' own methods; attention's weights are computed once to be seen
+and once more by the block that uses them.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from tinylm.config import BadInput
+from tinylm.model.attention import weigh
+from tinylm.model.decoder import ModelConfig, Params, rebuild
+from tinylm.model.embedding import rotation
+
+
+class Insides(NamedTuple):
+    """What one text does inside a model."""
+
+    q: Float[Array, "L T H K"]
+    k: Float[Array, "L S G K"]
+    weights: Float[Array, "L H T S"]
+    logits: Float[Array, "T V"]
+
+
+def capture(config: ModelConfig, params: Params, tokens: Int[np.ndarray, "T"]) -> Insides:
+    """Run a model over one text of at most its context and keep what attention saw."""
+    if config.kind != "transformer" or not 1 <= len(tokens) <= config.T:
+        raise BadInput(f"{len(tokens)} tokens through a {config.kind} model with context "
+                       f"T={config.T}; give a transformer 1 to {config.T} tokens")
+    return _capture(config, params, jnp.asarray(tokens, jnp.int32))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _capture(config, params, tokens):
+    model, index = rebuild(config, params), np.arange(len(tokens))
+    visible = (index[:, None] >= index[None, :])[None]
+    turn = rotation(index[None], config.T, config.head_width, config.rope_theta)
+    dtype = jnp.dtype("bfloat16" if config.compute == "bf16" else "float32")
+    x = model.embed_tokens(tokens[None], dtype)
+    kept = []
+    for l in range(config.L):
+        block = jax.tree.map(lambda a, l=l: a[l], model.layers)
+        q, k, _ = block.self_attn.project(block.input_layernorm(x), turn)
+        weights_HTS = weigh(q, k, visible)[0].reshape(config.H, len(tokens), len(tokens))
+        kept.append((q[0], k[0], weights_HTS))
+        x, _ = block(x, turn, visible)
+    return Insides(*map(jnp.stack, zip(*kept, strict=True)), model.head(x)[0])
