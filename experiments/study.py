@@ -23,8 +23,8 @@ from tinylm.evaluate import baselines, samples  # noqa: E402
 from tinylm.laws import forecast  # noqa: E402
 from tinylm.laws.plan import cell  # noqa: E402
 from tinylm.look import progress, report  # noqa: E402
+from tinylm.stages import sft as stage  # noqa: E402
 from tinylm.stages.pretrain import pretrain  # noqa: E402
-from tinylm.stages.sft import SftConfig, conversations_id, load_params, pack_corpus, sft  # noqa: E402, E501
 from tinylm.sweep import cells, law, runner  # noqa: E402
 from tinylm.sweep.presets import PRESETS  # noqa: E402
 from tinylm.text import corpora, prepare  # noqa: E402
@@ -36,7 +36,7 @@ class Args:
 
     out: Path
     """folder of the study"""
-    preset: Literal["smoke", "laptop"] = "laptop"
+    preset: Literal["smoke", "laptop", "overnight", "accelerator"] = "laptop"
     """which budgets"""
     corpus: tuple[str, ...] = ()
     """.txt, .jsonl or .parquet files, plain or .gz/.bz2/.xz; none: the default corpus"""
@@ -53,10 +53,11 @@ def main(args: Args) -> int:
     corpus = corpora.load(args.corpus, args.field)
     say(progress.corpus(corpus))
     with progress.bar("tokens") as event:
-        data, tokenizer = prepare.prepare(out / "text", corpus, study.base.V, event)
+        data, tokenizer = prepare.prepare(out / "text", corpus, study.base.V, event, lower=True)
     base = replace(study.base, V=data.V)
 
     models = cells.ladder(base, study.widths)
+    cells.check_tokens(study, models, data)
     plan_cells = cells.grid(models, study.budgets, study.per_budget, study.spread, study.batch)
     grid = [cells.config(c, models, study.optim, study.rule, study.batch, data.id)
             for c in plan_cells]
@@ -97,13 +98,14 @@ def main(args: Args) -> int:
     forecast.append_to_ledger(out.parent / "forecasts.csv", score)
     say(progress.score(score))
 
-    packed = [pack_corpus(split, tokenizer, base.T) for split in (corpus.train, corpus.heldout)]
-    tuned = SftConfig(config.model, study.sft, record["id"], conversations_id(*packed),
-                      study.sft_steps)
+    packed = [stage.pack_corpus(split, tokenizer, base.T)
+              for split in (corpus.train, corpus.heldout)]
+    tuned = stage.SftConfig(config.model, study.sft, record["id"],
+                            stage.conversations_id(*packed), study.sft_steps)
     plan = machine.plan_for(tuned.rows, *backend)
     with progress.bar("instruction tuning", study.sft_steps) as event:
-        sft(out / "chat", tuned, out / "target", *packed, data, plan, event)
-    pair = [load_params(out / name, config.model) for name in ("target", "chat")]
+        stage.sft(out / "chat", tuned, out / "target", *packed, data, plan, event)
+    pair = [stage.load_params(out / name, config.model) for name in ("target", "chat")]
     samples.write(out / "samples.json", config.model, *pair, tokenizer)
     say(f"report: {report.write(out)}")
     return 0

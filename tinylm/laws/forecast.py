@@ -178,6 +178,10 @@ def check(forecast_path: Path, record: dict[str, Any]) -> Score:
     if eval_id != forecast.eval_id:
         raise BadInput(f"the run was evaluated on {eval_id}, the forecast is for "
                        f"{forecast.eval_id}; evaluate the run on that set")
+    done = record.get("flops", {}).get("exact", forecast.target_flops)
+    if abs(done / forecast.target_flops - 1) > 0.01:
+        raise BadInput(f"the run took {done:.4g} FLOPs, the forecast is for "
+                       f"{forecast.target_flops:.4g}; train exactly the target")
     if not (math.isfinite(measured) and measured > 0):
         raise BadInput(f"the run's loss is {measured} nats; a forecast is scored by a finished run")
     return Score(forecast.name, sha, forecast.target_flops, forecast.predicted, forecast.low,

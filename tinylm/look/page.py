@@ -47,12 +47,12 @@ def p(text: str, style: str = "") -> str:
     return f'<p class="{style}">{html.escape(text)}</p>' if style else f"<p>{html.escape(text)}</p>"
 
 
-def table(head: Iterable[str], rows: Iterable[Iterable[Any]], caption: str = "",
+def table(head: Iterable[Any], rows: Iterable[Iterable[Any]], caption: str = "",
           style: str = "") -> str:
     """Give a table of plain values, all escaped; a wide one scrolls by itself."""
     lines = "".join("<tr>" + "".join(f"<td>{html.escape(str(v))}</td>" for v in row) + "</tr>"
                     for row in rows)
-    names = "".join(f"<th>{html.escape(name)}</th>" for name in head)
+    names = "".join(f"<th>{html.escape(str(name))}</th>" for name in head)
     return (f'<div class="wide"><table class="{style}"><caption>{html.escape(caption)}</caption>'
             f"<tr>{names}</tr>{lines}</table></div>")
 

@@ -1,24 +1,26 @@
 """Five questions of newcomers, each answered by the study's own numbers."""
 
+import itertools
 import math
 from collections import Counter
 
 import numpy as np
-from scipy.special import log_softmax, softmax
+from scipy.special import softmax
 
 from tinylm import config as configs
 from tinylm.look import page, plots
 from tinylm.look.page import p, shown, table
 from tinylm.look.study import Study
 from tinylm.model.baselines import NGram
-from tinylm.model.capture import capture
+from tinylm.model.capture import Insides, capture
 from tinylm.model.decoder import ModelConfig, Params
 from tinylm.stages.sft import load_params
 from tinylm.text import prepare, shards
-from tinylm.text.tokenizer import CONTROL
+from tinylm.text.shards import Dataset
+from tinylm.text.tokenizer import CONTROL, Tokenizer
 
 SEEN = 24  # tokens in the attention figure
-WINDOWS = 32  # held-out windows in which the bigram's worst miss is looked for
+WINDOWS = 32  # held-out windows in which the model's best token is looked for
 CONTEXT = 12  # tokens of context shown
 
 
@@ -39,71 +41,61 @@ def subwords(study: Study) -> str:
 
 
 def bigram(study: Study) -> str:
-    """Show the held-out token that the bigram table misses by most and the model does not."""
-    data = shards.open_dataset(study.folder / "text/tokens")
-    tokenizer = prepare.open_tokenizer(study.folder / "text")
-    config, params = _target(study)
+    """Show the held-out token at which the model gains most on the bigram table."""
+    data, tokenizer, config, params = _opened(study)
     rows = min(WINDOWS, (len(data.heldout) - 1) // config.T)
     ids = np.asarray(data.heldout[: rows * config.T + 1], np.int64)
-    logits = np.concatenate([capture(config, params, w).logits
-                             for w in ids[:-1].reshape(rows, config.T)])
-    ours = -log_softmax(logits, axis=-1)[np.arange(len(logits)), ids[1:]]
+    windows = ids[:-1].reshape(rows, config.T)
+    chance = [softmax(capture(config, params, w).logits, axis=-1) for w in windows]
+    ours = np.concatenate(chance)[np.arange(len(ids) - 1), ids[1:]]
     model = NGram.fit(data.train, 2, data.V)
-    gain = model.nats(ids)[1:] - ours
-    known = (np.arange(len(gain)) % config.T >= CONTEXT) & (ids[1:] >= len(CONTROL))
-    at = int(np.argmax(np.where(known, gain, -np.inf)))
-    seen, true = ids[at - CONTEXT + 1 : at + 1], ids[at + 1]
-    best = np.argsort(-logits[at])[:5]
-    chance, counted = softmax(logits[at]), model.counts(ids[at : at + 1], 5)
-    pieces = [[f"{shown(tokenizer.piece(i))}  {q:.1%}" for i, q in top] for top in
-              ([(i, q) for i, _, q in counted], [(int(i), chance[i]) for i in best])]
-    pieces = [column + [""] * (5 - len(column)) for column in pieces]
-    both = {name: study.part("baselines.json")["tables"]["2"]["bits_per_byte"] if name == "bigram"
-            else study.record("target")["loss"]["bits_per_byte"] for name in ("bigram", "model")}
+    theirs = np.exp(-model.nats(ids)[1:])
+    known = (np.arange(len(ours)) % config.T >= CONTEXT) & (ids[1:] >= len(CONTROL))
+    at = int(np.argmax(np.where(known, ours / theirs, 0)))
+    here = chance[at // config.T][at % config.T]
+    name = lambda i: f"“{shown(tokenizer.piece(int(i)))}”"  # noqa: E731
+    tops = [[(i, q) for i, _, q in model.counts(ids[at : at + 1], 5)],
+            [(i, here[i]) for i in np.argsort(-here)[:5]]]
+    table_bits = study.part("baselines.json")["tables"]["2"]["bits_per_byte"]
+    bits = study.record("target")["loss"]["bits_per_byte"]
     return p(
-        f"Everything before the last token: the bigram table needs {both['bigram']:.3f} bits per "
-        f"byte, the model {both['model']:.3f}. In the first {len(gain)} held-out tokens the "
-        f"bigram's largest disadvantage is here, after “{shown(tokenizer.decode(seen))}”: the next "
-        f"token is “{shown(tokenizer.piece(int(true)))}”, to which the bigram gives "
-        f"{math.exp(-ours[at] - gain[at]):.2%} and the model {math.exp(-ours[at]):.1%}. On "
-        f"{np.mean(gain < 0):.0%} of these tokens the bigram gave more than the model.") + table(
-        ("", "after “" + shown(tokenizer.piece(int(ids[at]))) + "” alone (bigram)",
-         "after the whole window (model)"),
-        zip(("1st", "2nd", "3rd", "4th", "5th"), *pieces, strict=True), "likeliest next tokens")
+        f"Everything before the last token: the bigram table needs {table_bits:.3f} bits per "
+        f"byte, the model {bits:.3f}. Among the first {len(ours):,} held-out tokens the model "
+        f"gains most after “{shown(tokenizer.decode(ids[at - CONTEXT + 1 : at + 1]))}”: to the "
+        f"token that follows, {name(ids[at + 1])}, the bigram gives {theirs[at]:.2%} and the model "
+        f"{ours[at]:.1%}. On {np.mean(ours < theirs):.0%} of them the bigram gave more.") + (
+        table((f"after {name(ids[at])} alone (bigram)", "after the whole window (model)"),
+              itertools.zip_longest(*([f"{name(i)} {q:.1%}" for i, q in top] for top in tops),
+                                    fillvalue=""), "likeliest next tokens", "text"))
 
 
 def query_key(study: Study) -> str:
     """Work one attention weight out by hand, from the model's own query and key."""
-    tokenizer = prepare.open_tokenizer(study.folder / "text")
-    config, params = _target(study)
-    ids = np.asarray(shards.open_dataset(study.folder / "text/tokens").heldout[:SEEN])[: config.T]
-    inside = [np.asarray(a, np.float64) for a in capture(config, params, ids)]
+    data, tokenizer, config, params = _opened(study)
+    ids = np.asarray(data.heldout[: min(SEEN, config.T)])
+    inside = Insides(*(np.asarray(a, np.float64) for a in capture(config, params, ids)))
     words = [shown(tokenizer.piece(int(i))) for i in ids]
-    back = np.tril(inside[2], -1)
-    back[..., 0] = 0  # the first token is every head's place to look when it needs nothing
-    layer, head = np.unravel_index(back.max(-1).mean(-1).argmax(), back.shape[:2])
-    t, s = map(int, np.unravel_index(back[layer, head].argmax(), back.shape[2:]))
-    q = inside[0][layer, t, head]
-    keys = inside[1][layer, : t + 1, head * config.groups // config.H]
-    dots, weights = keys @ q, inside[2][layer, head, t]
-    scores, K = dots / math.sqrt(config.head_width), config.head_width
-    total, most = np.exp(scores).sum(), min(K, 8)
-    name = f"layer {layer + 1}, head {head + 1}"
-    title = f"{name}: “{words[t]}” gives “{words[s]}” a weight of {weights[s]:.2f}"
-    drawing = plots.svg(plots.attention(inside[2][layer, head], words, title))
-    rows = [(label, *(f"{x:+.2f}" for x in v[:most]), "…" if most < K else "")
-            for label, v in ((f"q of “{words[t]}”", q), (f"k of “{words[s]}”", keys[s]),
-                             ("product", q * keys[s]))]
+    back = np.tril(inside.weights, -1)
+    back[..., 0] = 0  # the first token is where a head looks that needs nothing
+    l, h = np.unravel_index(back.max(-1).mean(-1).argmax(), back.shape[:2])
+    t, s = np.unravel_index(back[l, h].argmax(), back.shape[2:])
+    weights, K = inside.weights[l, h], config.head_width
+    q, keys = inside.q[l, t, h], inside.k[l, : t + 1, h * config.groups // config.H]
+    dot, scores = float(keys[s] @ q), keys @ q / math.sqrt(K)
+    total, most, name = np.exp(scores).sum(), min(K, 8), f"layer {l + 1}, head {h + 1}"
+    title = f"{name}: “{words[t]}” gives “{words[s]}” a weight of {weights[t, s]:.2f}"
+    rows = [(label, *(f"{x:+.2f}" for x in v[:most])) for label, v in (
+        (f"q of “{words[t]}”", q), (f"k of “{words[s]}”", keys[s]), ("product", q * keys[s]))]
     return p(
         f"How much one token wants what another offers. Shown is {name}, the one that looks back "
         f"most sharply in the first {len(ids)} held-out tokens. For the pair with its largest "
-        f"weight the {K} products sum to q·k = {dots[s]:.3f}; divided by √{K} that is "
+        f"weight the {K} products sum to q·k = {dot:.3f}; divided by √{K} that is "
         f"{scores[s]:.3f}; its exponential, {math.exp(scores[s]):.5g}, over the sum of all "
         f"{t + 1} visible ones, {total:.5g}, is the weight {math.exp(scores[s]) / total:.3f} "
-        f"(the model computed {weights[s]:.3f}).") + table(
-        ("", *(f"{i + 1}" for i in range(most)), ""), rows,
-        f"the first {most} of {K} channels") + page.figure(
-        drawing, "Each row is a token reading; the darker a cell, the more it takes from there.")
+        f"(the model computed {weights[t, s]:.3f}).") + table(
+        ("", *range(1, most + 1)), rows, f"the first {most} of {K} channels") + page.figure(
+        plots.svg(plots.attention(weights, words, title)),
+        "Each row is a token reading; the darker a cell, the more it takes from there.")
 
 
 def tenfold(study: Study) -> str:
@@ -137,10 +129,12 @@ def chat(study: Study) -> str:
         f"{after['loss']['nats_per_token'] - before['nats_per_token']:+.3f}.")
 
 
-def _target(study: Study) -> tuple[ModelConfig, Params]:
+def _opened(study: Study) -> tuple[Dataset, Tokenizer, ModelConfig, Params]:
     values = study.record("target")["config"]["model"]
     config = configs.from_json(ModelConfig, values, "the target's model")
-    return config, load_params(study.folder / "target", config)
+    return (shards.open_dataset(study.folder / "text/tokens"),
+            prepare.open_tokenizer(study.folder / "text"), config,
+            load_params(study.folder / "target", config))
 
 
 ANSWERS = {"Why subwords rather than characters?": subwords, "What can a bigram not see?": bigram,

@@ -13,6 +13,7 @@ from tinylm.look import page, plots
 from tinylm.look.page import p, scientific, shown, table
 from tinylm.look.questions import ANSWERS
 from tinylm.look.study import Study
+from tinylm.sweep import law
 from tinylm.text import prepare, shards
 from tinylm.train import run
 
@@ -100,7 +101,7 @@ def baselines(study: Study) -> str:
     """Put n-gram tables and transformers into one table and onto one axis."""
     target, per_nat, levels = study.record("target"), study.bits_per_nat, study.levels()
     bits, flops = target["loss"]["bits_per_byte"], target["flops"]["exact"]
-    swept, laws = [r["flops"]["exact"] for r in study.records("sweep")], study.frontiers()
+    swept, laws = law.runs_of(study.records("sweep"))[0].flops, study.frontiers()
 
     def crossing(at: float) -> str:
         if not math.isfinite(at):

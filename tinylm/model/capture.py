@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
 from tinylm.config import BadInput
 from tinylm.model.attention import weigh
@@ -27,7 +27,7 @@ class Insides(NamedTuple):
     logits: Float[Array, "T V"]
 
 
-def capture(config: ModelConfig, params: Params, tokens: Int[np.ndarray, "T"]) -> Insides:
+def capture(config: ModelConfig, params: Params, tokens: Integer[np.ndarray, "T"]) -> Insides:
     """Run a model over one text of at most its context and keep what attention saw."""
     if config.kind != "transformer" or not 1 <= len(tokens) <= config.T:
         raise BadInput(f"{len(tokens)} tokens through a {config.kind} model with context "

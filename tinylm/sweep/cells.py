@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from tinylm.config import identity
+from tinylm.config import BadInput, identity
 from tinylm.laws.accounting import parameters
 from tinylm.laws.plan import Cell, cell, centre, isoflop_grid
 from tinylm.model.decoder import ModelConfig
-from tinylm.stages.pretrain import PretrainConfig
+from tinylm.stages.pretrain import MOST_EPOCHS, PretrainConfig
 from tinylm.sweep.presets import RateRule, Study
+from tinylm.text.shards import Dataset
 from tinylm.train.optim import OptimConfig
 
 
@@ -31,6 +32,17 @@ def config(cell: Cell, models: Sequence[ModelConfig], optim: OptimConfig, rule: 
     model = next(m for m in models if m.shape == cell.shape)
     return PretrainConfig(model, replace(optim, lr=rule(cell.tokens)), cell.steps, batch, seed,
                           data_id)
+
+
+def check_tokens(study: Study, models: Sequence[ModelConfig], data: Dataset) -> None:
+    """Refuse a corpus too small for the study's hungriest run, before anything is trained."""
+    largest = grid(models, study.budgets, study.per_budget, study.spread, study.batch)
+    target = cell(study.target, nearest(models, centre(study.target)).shape, study.batch)
+    need, held = max(c.tokens for c in [*largest, target]), len(data.train)
+    if need > MOST_EPOCHS * held:
+        raise BadInput(f"the {study.name} study trains a run on {need:.3g} tokens and the corpus "
+                       f"holds {held:.3g}, of which {MOST_EPOCHS:g} epochs are allowed; bring more "
+                       "text with --corpus or choose a smaller preset")
 
 
 def tuning(study: Study, models: Sequence[ModelConfig], data_id: str) -> list[PretrainConfig]:

@@ -10,9 +10,9 @@ from tinylm.train.optim import OptimConfig
 class RateRule:
     """lr (at width 64) = lr0 (tokens / tokens0)^-horizon; its record: experiments/rate_rule.py."""
 
-    lr0: float = 3.5e-3
+    lr0: float = 5.5e-3
     """peak rate at tokens0"""
-    tokens0: float = 1.5e6
+    tokens0: float = 7e5
     """tokens of the run that lr0 was tuned on"""
     horizon: float = 0.1
     """exponent by which longer runs want smaller rates"""
@@ -58,8 +58,6 @@ class Study:
     """longest n-gram table"""
     rate: float = 1e11
     """FLOP/s to expect of the whole machine, for --dry-run"""
-    needs_tokens: float = 0.0
-    """training tokens that the default corpus cannot give; 0 where it can"""
 
 
 SMOKE = Study(
@@ -72,4 +70,16 @@ LAPTOP = Study(
     widths=(12, 16, 20, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160, 192, 224),
     base=ModelConfig(V=1024), tuning=(2e11, 6e11, 2e12))
 
-PRESETS = {study.name: study for study in (SMOKE, LAPTOP)}
+# Not yet run whole: their rates rest on the laptop's rule and the square root of the batch.
+OVERNIGHT = Study(
+    name="overnight", budgets=(4e12, 1.1e13, 3e13, 8e13, 2e14), target=1.2e15,
+    widths=tuple(range(48, 800, 16)), base=ModelConfig(V=2048, L=4, H=4, T=256), batch=2048,
+    rule=RateRule(lr0=8e-3), tuning=(4e12, 1.1e13, 3e13), position_flops=1e12, sft_steps=2000)
+
+ACCELERATOR = Study(
+    name="accelerator", budgets=(6e14, 1.9e15, 6e15, 1.9e16, 6e16), target=4e17,
+    widths=tuple(range(128, 3072, 64)), base=ModelConfig(V=4096, L=8, H=8, T=512, compute="bf16"),
+    batch=32768, rule=RateRule(lr0=2e-2), tuning=(6e14, 1.9e15, 6e15), position_flops=1e14,
+    sft_steps=2000, rate=1e14)
+
+PRESETS = {study.name: study for study in (SMOKE, LAPTOP, OVERNIGHT, ACCELERATOR)}

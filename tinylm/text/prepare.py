@@ -12,21 +12,31 @@ from tinylm.text.tokenizer import Tokenizer
 
 
 def prepare(folder: Path, corpus: Corpus, V: int,
-            progress: Callable[[float], None] | None = None) -> tuple[Dataset, Tokenizer]:
+            progress: Callable[[float], None] | None = None,
+            lower: bool = False) -> tuple[Dataset, Tokenizer]:
     """Train the tokenizer, encode both splits and return both; a finished folder is only read.
 
-    A folder made from another corpus or with another V raises BadInput.
+    With `lower`, a V that the text cannot fill becomes the largest that it can. A folder made from
+    another corpus or with another V raises BadInput.
     """
     folder = Path(folder)
     with files.lease(folder):
         if not (folder / "tokenizer").exists():
             with files.staged(folder / "tokenizer") as draft:
-                tokenizer.train((d.text for d in corpus.train), V).save(draft)
+                texts = [d.text for d in corpus.train]
+                try:
+                    learnt = tokenizer.train(texts, V)
+                except tokenizer.TooLarge as refusal:
+                    if not lower:
+                        raise
+                    learnt = tokenizer.train(texts, refusal.largest)
+                learnt.save(draft)
         learnt = open_tokenizer(folder)
         if not (folder / "tokens").exists():
             shards.write(folder / "tokens", corpus, learnt, progress)
         data = shards.open_dataset(folder / "tokens")
-    if data.facts["corpus_id"] != corpus.id or learnt.V != V or data.tokenizer_id != learnt.id:
+    fits = learnt.V == V or lower and learnt.V < V
+    if data.facts["corpus_id"] != corpus.id or not fits or data.tokenizer_id != learnt.id:
         raise BadInput(f"{folder} holds corpus {data.facts['corpus_id']} at V={learnt.V}, this is "
                        f"corpus {corpus.id} at V={V}; choose a new folder")
     return data, learnt

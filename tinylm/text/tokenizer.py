@@ -36,6 +36,12 @@ _UNSAFE = re.compile("([\0\u2581\u2585\ud800-\udfff]+)")
 _STRAY = "\ufffd".encode()
 
 
+class TooLarge(BadInput):
+    """A vocabulary that the text cannot fill; `largest` is what it can."""
+
+    largest: int
+
+
 class Tokenizer:
     """Text to ids and back; build one with `train` or `load`.
 
@@ -206,8 +212,10 @@ def _halves(data: np.ndarray) -> np.ndarray:
 def _explained(error: str, V: int) -> BadInput:
     high = re.search(r"value <= (\d+)", error)
     if high:
-        most = int(high[1]) - _BYTES - 1 + FIRST
-        return BadInput(f"V={V} is more than this text can fill; choose at most {most}")
+        refusal = TooLarge(f"V={V} is more than this text can fill; choose at most "
+                           f"{int(high[1]) - _BYTES - 1 + FIRST}")
+        refusal.largest = int(high[1]) - _BYTES - 1 + FIRST
+        return refusal
     low = re.search(r"required_chars\. \d+ vs (\d+)", error)
     if low:
         least = int(low[1]) - _BYTES - 1 + FIRST

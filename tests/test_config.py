@@ -1,0 +1,64 @@
+"""Configs: strict JSON, ids that only content moves."""
+
+from dataclasses import dataclass, field, replace
+
+import pytest
+
+from tinylm.config import BadInput, canonical, from_json, identity, override, to_json
+from tinylm.model.decoder import ModelConfig
+from tinylm.stages.pretrain import PretrainConfig
+
+
+def test_json_round_trip_gives_the_same_config_and_id():
+    config = PretrainConfig(ModelConfig(D=96, compute="bf16"), steps=7, seed=3)
+    again = from_json(PretrainConfig, to_json(config))
+    assert again == config and identity(again) == identity(config)
+
+
+def test_every_field_that_differs_from_its_default_moves_the_id():
+    base = PretrainConfig()
+    changed = [override(base, **{"model.D": 32}), override(base, **{"optim.lr": 1e-3}),
+               replace(base, steps=5), replace(base, seed=1), replace(base, data_id="x"),
+               replace(base, forecast_sha256="y"), override(base, **{"model.compute": "bf16"})]
+    assert len({identity(c) for c in [base, *changed]}) == len(changed) + 1
+
+
+def test_a_new_field_with_a_default_keeps_old_ids():
+    @dataclass(frozen=True)
+    class Old:
+        a: int = 1
+
+    @dataclass(frozen=True)
+    class New:
+        a: int = 1
+        b: tuple = field(default_factory=tuple)
+
+    New.__name__ = "Old"
+    assert identity(Old(2)) == identity(New(2))
+    assert identity(New(2, (1,))) != identity(New(2))
+
+
+@pytest.mark.parametrize(("values", "words"), [
+    ({"stepz": 3}, "no field 'stepz'; did you mean steps"),
+    ({"steps": "3"}, "steps is '3'; it must be int"),
+    ({"steps": True}, "it must be int"),
+    ({"steps": 0}, "steps=0 is below 1"),
+    ({"model": {"compute": "fp8"}}, "choose one of f32, bf16"),
+    ({"model": []}, "is list, not an object"),
+    ({"optim": {"lr": float("nan")}}, "finite"),
+    ({"batch": 100}, "not a multiple of the context T=128; choose 128 or 256"),
+])
+def test_bad_configs_are_refused_with_field_and_remedy(values, words):
+    with pytest.raises(BadInput, match=words):
+        from_json(PretrainConfig, values)
+
+
+def test_override_refuses_a_field_that_is_not_there():
+    with pytest.raises(BadInput, match="no field 'depth'"):
+        override(PretrainConfig(), **{"model.depth": 3})
+
+
+def test_canonical_json_has_one_spelling():
+    assert canonical({"b": 1, "a": [1.0, "x"]}) == '{"a":[1.0,"x"],"b":1}'
+    with pytest.raises(ValueError, match="Out of range"):
+        canonical(float("inf"))

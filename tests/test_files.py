@@ -1,0 +1,94 @@
+"""Files appear whole or not at all, and a changed bit is named."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tinylm import files
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    files.write_json(path, {"old": 1})
+
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        files.write_json(path, {"new": 2})
+    assert files.read_json(path) == {"old": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_staged_folder_appears_whole_or_not_at_all(tmp_path):
+    with pytest.raises(RuntimeError), files.staged(tmp_path / "out") as draft:
+        (draft / "half").write_bytes(b"x")
+        raise RuntimeError("died")
+    assert list(tmp_path.iterdir()) == []
+    with files.staged(tmp_path / "out", step=3) as draft:
+        (draft / "whole").write_bytes(b"x")
+    assert files.verified(tmp_path / "out")["step"] == 3
+
+
+@pytest.mark.parametrize("harm", ["flip", "cut", "empty", "delete", "add", "link"])
+def test_every_harm_to_a_sealed_folder_is_named(tmp_path, harm):
+    with files.staged(tmp_path / "out") as draft:
+        (draft / "sub").mkdir()
+        (draft / "sub/data").write_bytes(bytes(range(200)))
+    path = tmp_path / "out/sub/data"
+    data = bytearray(path.read_bytes())
+    match harm:
+        case "flip":
+            data[77] ^= 4
+            path.write_bytes(data)
+        case "cut":
+            path.write_bytes(data[:-1])
+        case "empty":
+            path.write_bytes(b"")
+        case "delete":
+            path.unlink()
+        case "add":
+            (tmp_path / "out/new").write_bytes(b"x")
+        case "link":
+            path.unlink()
+            (tmp_path / "target").write_bytes(data)
+            path.symlink_to(tmp_path / "target")
+    with pytest.raises(files.Damaged, match="new" if harm == "add" else "data"):
+        files.verified(tmp_path / "out")
+
+
+@pytest.mark.parametrize("text", ["", "[", '{"files": 3}', '{"files": {"a": 1}}', "[" * 100_000])
+def test_a_hostile_manifest_is_damaged_not_a_traceback(tmp_path, text):
+    (tmp_path / files.MANIFEST).write_text(text)
+    with pytest.raises(files.Damaged):
+        files.verified(tmp_path)
+
+
+def test_the_loser_of_a_lease_is_told_who_holds_it_and_the_dead_hold_nothing(tmp_path):
+    code = ("import sys, time; from tinylm import files\n"
+            f"with files.lease({str(tmp_path)!r}):\n print('held', flush=True); time.sleep(60)")
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(files.Owned, match=f"process {other.pid} on"), files.lease(tmp_path):
+            pass
+    finally:
+        other.kill()
+        other.wait()
+        other.stdout.close()
+    (tmp_path / ".x.1.tmp").write_bytes(b"litter of the dead")
+    with files.lease(tmp_path):
+        assert not (tmp_path / ".x.1.tmp").exists()
+
+
+def test_a_log_cut_back_forgets_what_followed_its_checkpoint(tmp_path):
+    log = tmp_path / "metrics.jsonl"
+    size = files.append_lines(log, ['{"step": 1}'])
+    files.append_lines(log, ['{"step": 2}'])
+    files.truncate(log, size)
+    assert files.read_lines(log) == [{"step": 1}]
+    with pytest.raises(files.Damaged, match="shorter"):
+        files.truncate(log, 1000)

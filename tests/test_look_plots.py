@@ -1,0 +1,154 @@
+"""Figures and what they stand on: crossings, captured attention, a notebook run offline."""
+
+import json
+import os
+import runpy
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import matplotlib.colors
+import numpy as np
+import pytest
+from test_look_report import GAMMA, A, whole  # noqa: F401
+from test_model_decoder import drawn, forward
+
+from tinylm import files
+from tinylm.config import BadInput
+from tinylm.look import notebook, plots
+from tinylm.look.study import Study
+from tinylm.model.capture import capture
+from tinylm.model.decoder import ModelConfig
+
+ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "notebooks/study.py"
+
+
+@pytest.fixture(scope="module")
+def study(whole):  # noqa: F811
+    return Study(whole)
+
+
+def labelled(figure, label):
+    """The artist that a legend names."""
+    return next(a for a in figure.axes[0].get_children() if a.get_label() == label)
+
+
+def test_a_crossing_s_compute_equals_the_closed_form(study):
+    for level in study.levels():
+        for flops in level.flops.values():
+            assert flops == pytest.approx((A / level.nats) ** (1 / GAMMA), rel=1e-9)
+
+
+def test_the_loss_axis_marks_each_crossing_at_its_compute(study):
+    marks = plots.loss_axis(study).axes[0].collections
+    points = [point for mark in marks for point in np.ma.getdata(mark.get_offsets()).tolist()]
+    assert any(np.allclose(q, ((A / 4.6) ** (1 / GAMMA), 0.7 * 4.6)) for q in points)
+
+
+def test_tables_of_another_evaluation_are_kept_off_the_loss_axis(tmp_path):
+    files.write_json(tmp_path / "law.json", {"eval_id": "one"})
+    files.write_json(tmp_path / "baselines.json", {"eval_id": "other", "tables": {}})
+    with pytest.raises(BadInput, match="different sets"):
+        Study(tmp_path).levels()
+
+
+@pytest.mark.parametrize("draw", [plots.loss_axis, plots.isoflops, plots.frontier])
+def test_a_figure_is_the_same_text_every_time(study, draw):
+    text = plots.svg(draw(study))
+    assert text == plots.svg(draw(study))
+    assert "http" not in text and "<metadata" not in text
+
+
+def test_a_refused_minimum_is_drawn_hollow(study, tmp_path):
+    found = study.part("law.json")
+    found["minima"][0]["bracketed"] = False
+    other = Study(tmp_path)
+    os.symlink(study.folder / "sweep", tmp_path / "sweep")
+    files.write_json(tmp_path / "law.json", found)
+    stars = [c for c in plots.isoflops(other).axes[0].collections if len(c.get_offsets()) == 1]
+    assert [len(c.get_facecolor()) for c in stars] == [0, 1, 1]
+
+
+def test_the_parabolas_pass_through_their_minima(study):
+    lines = plots.isoflops(study).axes[0].lines
+    for line, m in zip(lines, study.part("law.json")["minima"], strict=True):
+        assert min(line.get_ydata()) == pytest.approx(m["loss"], abs=1e-3)
+
+
+def test_a_diverged_rate_is_left_out_of_its_curve(tmp_path):
+    files.write_json(tmp_path / "tuning.json", [
+        {"width": 8, "steps": 9, "rates": [1e-3, 2e-3, 4e-3], "losses": [4.2, 4.1, None],
+         "best": 2e-3, "at_edge": False}])
+    figure = plots.rates(Study(tmp_path))
+    np.testing.assert_allclose(labelled(figure, "width 8, 9 steps").get_ydata(), [0.1, 0])
+    assert "inside the range at 1 of 1" in figure.axes[0].get_title("left")
+
+
+def test_tokens_that_look_like_markup_or_formulas_are_drawn_as_they_are():
+    words = ["$x$", "</svg>", "\\1", "字", "a"]
+    text = plots.svg(plots.attention(np.eye(5), words, "“$” & </svg> \\1"))
+    assert text.count("</svg>") == 1 and "$x$" in text and "&lt;/svg&gt;" in text
+
+
+def test_the_palette_is_told_apart_by_lightness_and_hue():
+    colours = [plots.BLACK, plots.ORANGE, plots.SKY, plots.GREEN, plots.BLUE, plots.RED,
+               plots.PURPLE]
+    rgb = np.array([matplotlib.colors.to_rgb(c) for c in colours])
+    apart = np.abs(rgb[:, None] - rgb[None]).sum(-1)[np.triu_indices(len(rgb), 1)]
+    assert apart.min() > 0.3
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_captured_pass_equals_the_plain_one(groups):
+    config = ModelConfig(V=50, D=16, L=2, H=2, G=groups, T=24)
+    params = drawn(config)
+    tokens = np.asarray(jax.random.randint(jax.random.key(3), (20,), 6, config.V))
+    inside = capture(config, params, tokens)
+    plain = forward(config, params, jnp.asarray(tokens)[None])[0]
+    np.testing.assert_allclose(inside.logits, plain, atol=1e-6)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_captured_queries_and_keys_give_the_captured_weights(groups):
+    config = ModelConfig(V=50, D=16, L=2, H=2, G=groups, T=24)
+    tokens = np.asarray(jax.random.randint(jax.random.key(3), (20,), 6, config.V))
+    inside = capture(config, drawn(config), tokens)
+    for head in range(2):
+        k = np.asarray(inside.k[:, :, head * groups // 2], np.float64)
+        scores = np.einsum("ltk,lsk->lts", inside.q[:, :, head], k) / np.sqrt(config.head_width)
+        scores = np.where(np.tri(20, dtype=bool), scores, -np.inf)
+        weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+        np.testing.assert_allclose(inside.weights[:, head], weights, atol=1e-5)
+
+
+def test_a_text_longer_than_the_context_is_not_captured():
+    config = ModelConfig(V=50, D=16, T=8)
+    with pytest.raises(BadInput, match="9 tokens .* T=8"):
+        capture(config, {}, np.zeros(9, int))
+
+
+def test_the_notebook_draws_every_figure_of_a_study(study, monkeypatch, capsys):
+    monkeypatch.setenv("TINYLM_STUDY", str(study.folder))
+    runpy.run_path(str(SOURCE))
+    said = capsys.readouterr().out
+    assert said.count("Image object") == 3 and "not drawn: tuning.json is missing" in said
+
+
+def test_a_notebook_runs_on_this_interpreter_whatever_is_installed(tmp_path, monkeypatch):
+    pytest.importorskip("jupytext")
+    for name in ("JUPYTER_PATH", "JUPYTER_DATA_DIR", "IPYTHONDIR"):
+        monkeypatch.setenv(name, "/dev/null/nowhere")
+    source = tmp_path / "small.py"
+    files.write_text(source, "# %% [markdown]\n# words\n\n# %%\nimport os, sys\n"
+                             "print(sys.executable, os.environ['TINYLM_STUDY'])\n")
+    place = notebook.execute(source, tmp_path)
+    cells = json.loads(place.read_text())["cells"]
+    assert cells[1]["outputs"][0]["text"] == [f"{sys.executable} {tmp_path}\n"]
+
+
+def test_without_the_notebooks_extra_the_reason_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "jupytext", None)
+    assert notebook.execute(SOURCE, tmp_path) is None
+    assert "jupytext is not installed" in capsys.readouterr().err

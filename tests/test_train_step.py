@@ -1,0 +1,176 @@
+"""The step: exact accumulation, one compilation a shape, programs for every kind of device."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tinylm import machine
+from tinylm.laws.accounting import flops_per_token_full
+from tinylm.model.decoder import ModelConfig, init, rebuild
+from tinylm.model.generate import Decoding, decode, prefill
+from tinylm.train import losses, optim, step
+from tinylm.train.batch import Batch
+
+SMALL = ModelConfig(V=64, D=16, L=2, H=2, T=16)
+
+
+def ragged(rows: int, seed: int = 0) -> Batch:
+    """Rows whose weights differ, some of them wholly masked."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, SMALL.V, (rows, SMALL.T + 1)).astype(np.int32)
+    weights = (rng.random((rows, SMALL.T)) < rng.random((rows, 1))).astype(np.float32)
+    weights[0] = 0
+    return Batch(tokens, weights)
+
+
+def begun(config: ModelConfig = SMALL, lr: float = 1e-2):
+    settings = optim.OptimConfig(lr=lr)
+    tx = optim.adamw(settings, config)
+    return step.start(init(config, jax.random.key(0)), tx, optim.hyper(settings, 10)), tx
+
+
+@pytest.mark.parametrize(("devices", "micro"), [(1, 8), (1, 1), (2, 2), (4, 1), (4, 2)])
+def test_micro_batches_and_devices_weigh_tokens_as_one_batch_does(devices, micro):
+    state, tx = begun()
+    batch = ragged(8)
+    loss = losses.next_token(SMALL, 1e-4)
+    (total, sums), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(state.params, batch)
+    norm = jnp.sqrt(sum(jnp.sum((g / sums["weight"]) ** 2) for g in jax.tree.leaves(grads)))
+    one = step.make_step(loss, tx, machine.mesh(devices), micro)
+    _, metrics = jax.jit(one)(state, batch)
+    np.testing.assert_allclose(metrics["nats_per_token"], sums["nats_per_token"] / sums["weight"],
+                               rtol=1e-6)
+    np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
+
+
+def test_masked_positions_change_nothing_to_the_bit():
+    state, tx = begun()
+    batch = ragged(4)
+    one = jax.jit(step.make_step(losses.next_token(SMALL), tx, machine.mesh(1), 1))
+    hidden = np.array(batch.weights[3]) == 0
+    tokens = batch.tokens.copy()
+    last = int(np.flatnonzero(~hidden)[-1]) + 2 if (~hidden).any() else 0
+    tokens[3, last:] = 5  # targets after the last supervised one
+    tokens[0] = 7  # a row without weight
+    before, after = one(state, batch)[0], one(state, batch._replace(tokens=tokens))[0]
+    for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_batch_without_weight_leaves_finite_state():
+    state, tx = begun()
+    empty = ragged(4)._replace(weights=np.zeros((4, SMALL.T), np.float32))
+    one = jax.jit(step.make_step(losses.next_token(SMALL), tx, machine.mesh(1), 1))
+    after, metrics = one(state, empty)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((after, metrics)))
+
+
+def test_one_program_serves_every_length_rate_and_decay_of_a_shape():
+    _, tx = begun()
+    chunk = step.make_chunk(step.make_step(losses.next_token(SMALL), tx, machine.mesh(1), 1))
+    stacked = jax.tree.map(lambda a: np.stack([a] * 4), ragged(4))
+    for n, lr, steps in ((4, 1e-2, 10), (3, 1e-3, 99), (1, 3e-4, 7)):
+        settings = optim.OptimConfig(lr=lr, weight_decay=lr)
+        state, _ = begun()
+        state = state._replace(hyper=optim.hyper(settings, steps))
+        state, _ = chunk(state, stacked, n)
+        assert int(state.step) == n
+    assert chunk._cache_size() == 1
+
+
+def test_a_chunk_of_steps_equals_steps_one_by_one_to_the_bit():
+    state, tx = begun()
+    other, _ = begun()
+    chunk = step.make_chunk(step.make_step(losses.next_token(SMALL), tx, machine.mesh(1), 1))
+    batches = [ragged(4, seed) for seed in range(4)]
+    state, _ = chunk(state, jax.tree.map(lambda *a: np.stack(a), *batches), 4)
+    for b in batches:
+        other, _ = chunk(other, jax.tree.map(lambda a: np.stack([a] * 4), b), 1)
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_the_schedule_rises_stays_and_falls_to_zero():
+    h = optim.hyper(optim.OptimConfig(lr=2.0, warmup=0.1, decay=0.2), 100)
+    at = [float(optim.rate(h, jnp.int32(t))) for t in (0, 4, 9, 50, 80, 90, 99, 100)]
+    np.testing.assert_allclose(at, [0.2, 1.0, 2.0, 2.0, 2.0, 1.0, 0.1, 0.0], rtol=1e-5)
+
+
+def test_hidden_matrices_learn_in_inverse_proportion_to_width_and_gains_do_not():
+    moved = {}
+    for width in (16, 64):
+        config = ModelConfig(V=64, D=width, L=1, H=1, T=16)
+        settings = optim.OptimConfig(lr=1e-2, warmup=0.0)
+        tx = optim.adamw(settings, config)
+        params = init(config, jax.random.key(0))
+        updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params,
+                               hyper=optim.hyper(settings, 10), step=jnp.int32(1))
+        moved[width] = {"q": float(-updates["layers"]["self_attn"]["q_proj"].max()),
+                        "gain": float(-updates["norm"]["weight"].max())}
+    np.testing.assert_allclose(moved[16]["q"] / moved[64]["q"], 4.0, rtol=1e-5)
+    np.testing.assert_allclose(moved[16]["gain"] / moved[64]["gain"], 1.0, rtol=1e-5)
+
+
+def test_weight_decay_goes_to_matrices_by_path():
+    config = ModelConfig(V=64, D=16, L=1, H=1, T=16)
+    settings = optim.OptimConfig(lr=1e-2, weight_decay=0.5)
+    tx, params = optim.adamw(settings, config), init(config, jax.random.key(0))
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = tx.update(zeros, tx.init(params), params, hyper=optim.hyper(settings, 10),
+                           step=jnp.int32(1))
+    changed = {jax.tree_util.keystr(path): bool(jnp.any(u != 0))
+               for path, u in jax.tree_util.tree_leaves_with_path(updates)}
+    for path, moved in changed.items():
+        decays = "_proj" in path and not ("o_proj" in path or "down_proj" in path)  # start at zero
+        assert moved == decays, path
+
+
+@pytest.mark.parametrize(("V", "D", "L", "T", "tied"), [
+    (1024, 64, 2, 128, True), (784, 96, 3, 64, False), (256, 32, 1, 128, True)])
+def test_counted_flops_are_within_two_percent_of_the_compilers(V, D, L, T, tied):
+    """Matrix products only: the difference of two programs cancels elementwise work."""
+    config = ModelConfig(V=V, D=D, L=L, T=T, tied=tied)
+    params = jax.eval_shape(functools.partial(init, config), jax.random.key(0))
+    tokens = jax.ShapeDtypeStruct((1, T), jnp.int32)
+    lowered = jax.jit(lambda p, t: rebuild(config, p)(t)).lower(params, tokens)
+    dots = sum(_dot_flops(eqn) for eqn in _equations(lowered, config, params, tokens))
+    assert abs(dots / (flops_per_token_full(config.shape) / 3 * T) - 1) < 0.02
+    counted = lowered.compile().cost_analysis()["flops"]
+    assert dots < counted < 1.35 * dots
+
+
+def _equations(lowered, config, params, tokens):
+    jaxpr = jax.make_jaxpr(lambda p, t: rebuild(config, p)(t))(params, tokens)
+    stack, found = [jaxpr.jaxpr], []
+    while stack:
+        for eqn in stack.pop().eqns:
+            found.append(eqn)
+            for value in eqn.params.values():
+                if hasattr(value, "jaxpr"):
+                    stack.append(value.jaxpr)
+    return found
+
+
+def _dot_flops(eqn) -> float:
+    if eqn.primitive.name != "dot_general":
+        return 0.0
+    (contract, _), _ = eqn.params["dimension_numbers"]
+    inner = np.prod([eqn.invars[0].aval.shape[d] for d in contract])
+    return 2.0 * inner * np.prod(eqn.outvars[0].aval.shape)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+@pytest.mark.parametrize("compute", ["f32", "bf16"])
+def test_train_and_decode_steps_lower_for_every_platform_from_here(platform, compute):
+    config = ModelConfig(V=64, D=32, L=2, H=2, T=16, compute=compute)
+    state, tx = begun(config)
+    one = step.make_step(losses.next_token(config, 1e-4, unroll=False), tx, machine.mesh(2), 2)
+    exported = jax.export.export(jax.jit(one), platforms=[platform])(state, ragged(8))
+    assert exported.platforms == (platform,)
+    begun_row = prefill(config, state.params, [np.array([1, 7, 8], np.int32)])
+    run = jax.jit(lambda p, s, k, t: decode(config, p, Decoding(*s), 4, k, t))
+    args = (state.params, tuple(begun_row), jax.random.key(0), jnp.float32(1.0))
+    assert jax.export.export(run, platforms=[platform])(*args).platforms == (platform,)
