@@ -88,8 +88,8 @@ def test_a_diverged_rate_is_left_out_of_its_curve(tmp_path):
 
 def test_tokens_that_look_like_markup_or_formulas_are_drawn_as_they_are():
     words = ["$x$", "</svg>", "\\1", "字", "a"]
-    text = plots.svg(plots.attention(np.eye(5), words, "“$” & </svg> \\1"))
-    assert text.count("</svg>") == 1 and "$x$" in text and "&lt;/svg&gt;" in text
+    text = plots.svg(plots.attention(np.eye(5), words, "“$y$” & </svg> \\1"))
+    assert text.count("</svg>") == 1 and "$x$" in text and ">“$y$” " in text and "&lt;/svg&gt;" in text
 
 
 def test_the_palette_is_told_apart_by_lightness_and_hue():
@@ -130,6 +130,7 @@ def test_a_text_longer_than_the_context_is_not_captured():
 
 
 def test_the_notebook_draws_every_figure_of_a_study(study, monkeypatch, capsys):
+    pytest.importorskip("IPython")
     monkeypatch.setenv("TINYLM_STUDY", str(study.folder))
     runpy.run_path(str(SOURCE))
     said = capsys.readouterr().out
@@ -138,7 +139,11 @@ def test_the_notebook_draws_every_figure_of_a_study(study, monkeypatch, capsys):
 
 def test_a_notebook_runs_on_this_interpreter_whatever_is_installed(tmp_path, monkeypatch):
     pytest.importorskip("jupytext")
-    for name in ("JUPYTER_PATH", "JUPYTER_DATA_DIR", "IPYTHONDIR"):
+    files.write_json(tmp_path / "share/kernels/python3/kernel.json", {
+        "argv": ["false"], "display_name": "not ours", "language": "python"})
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "share"))
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "own"))
+    for name in ("JUPYTER_RUNTIME_DIR", "JUPYTER_DATA_DIR", "JUPYTER_CONFIG_DIR"):
         monkeypatch.setenv(name, "/dev/null/nowhere")
     source = tmp_path / "small.py"
     files.write_text(source, "# %% [markdown]\n# words\n\n# %%\nimport os, sys\n"
@@ -146,9 +151,11 @@ def test_a_notebook_runs_on_this_interpreter_whatever_is_installed(tmp_path, mon
     place = notebook.execute(source, tmp_path)
     cells = json.loads(place.read_text())["cells"]
     assert cells[1]["outputs"][0]["text"] == [f"{sys.executable} {tmp_path}\n"]
+    assert not (tmp_path / "own").exists(), "the kernel wrote into the user's folder"
 
 
 def test_without_the_notebooks_extra_the_reason_is_said(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "jupytext", None)
     assert notebook.execute(SOURCE, tmp_path) is None
-    assert "jupytext is not installed" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "jupytext is not installed" in said and "'tinylm[notebooks]'" in said

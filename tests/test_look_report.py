@@ -129,10 +129,12 @@ def test_the_report_names_no_address_on_the_web_and_needs_no_script(page):
 
 def test_the_report_says_forecast_outcome_and_interval(page, whole):
     s = files.read_json(whole / "score.json")
-    for number in (f"{s['predicted']:.4f}", f"{s['measured']:.4f}", f"{s['error_percent']:+.2f}%",
-                   s["forecast_sha256"], f"FLOPs^{GROWTH:.3f}"):
-        assert number in page
-    assert "inside its interval" in page and "No warnings." in page and "Not shown" not in page
+    top = re.search('<p class="big">(.*?)</p>', page)[1]
+    for words in (f"Forecast {s['predicted']:.4f} nats", f"measured {s['measured']:.4f}",
+                  f"by {s['error_percent']:+.2f}%", "inside its interval, 3.7000 to 3.9000"):
+        assert words in top
+    assert s["forecast_sha256"] in page and f"FLOPs^{GROWTH:.3f}" in page
+    assert "No warnings." in page and "Not shown" not in page
 
 
 def test_hostile_sample_text_is_escaped(page):

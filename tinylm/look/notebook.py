@@ -23,7 +23,7 @@ def execute(source: Path, folder: Path) -> Path | None:
         from nbclient import NotebookClient
     except ImportError as missing:
         progress.say(f"no notebook: {missing.name} is not installed; "
-                     "pip install 'tinylm[notebooks]'")
+                     "pip install 'tinylm\\[notebooks]'")
         return None
     book = jupytext.read(Path(source), fmt="py:percent")
     for number, cell in enumerate(book.cells):

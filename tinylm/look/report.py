@@ -159,7 +159,7 @@ def frontier(study: Study) -> str:
         for name in ("frontier", "frontier_floor", "surface")]
     parts = ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in f["laws"].items())
     return page.figure(plots.svg(plots.frontier(study)), "The laws are drawn through the minima "
-                       "alone; the forecast joins three of them.") + table(
+                       "alone; the forecast joins those named below.") + table(
         ("law", "fitted numbers (nats per token)"), rows, "", "text") + p(
         f"The forecast is the {f['rule']}: {parts}. Its interval is a guard drawn from past misses "
         "and the laws' disagreement, not a calibrated 90%.")

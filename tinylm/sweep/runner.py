@@ -146,8 +146,9 @@ def _start(folder, data_folder, index, skip, news):
     log.close()
 
     def listen() -> None:
-        for line in worker.stdout:
-            news.put((index, line))
+        with worker.stdout:
+            for line in worker.stdout:
+                news.put((index, line))
         news.put((index, None))
 
     threading.Thread(target=listen, daemon=True).start()

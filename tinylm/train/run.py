@@ -44,7 +44,9 @@ def settle(folder: Path, config: Any, kind: str, plan: machine.Plan, text: Path)
             "code_id": code_id(), "versions": machine.versions(), "config": configs.to_json(config)}
     place = folder / "config.json"
     if place.exists():
-        _same(place, files.read_json(place), mine)
+        finished = (folder / "record.json").exists()
+        _same(place, files.read_json(place), mine, ("kind", "config") if finished else
+              ("kind", "config", "versions", "code_id"))
         return configs.from_json(machine.Plan, files.read_json(folder / "plan.json"), "plan.json")
     files.write_json(folder / "plan.json", asdict(plan))
     way = {"text": os.path.relpath(text, folder)}
@@ -101,16 +103,21 @@ def table(folders: Iterable[Path]) -> list[dict[str, Any]]:
 
 @functools.cache
 def code_id() -> str:
-    """Hash tinylm's own sources: 16 hex digits, recorded with every run."""
+    """Hash the sources that a run's bits depend on: 16 hex digits, recorded with every run.
+
+    These are all of tinylm's but what launches runs and shows them (sweep, look, the verbs).
+    """
     root = Path(__file__).parent.parent
     total = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
+        if path.relative_to(root).parts[0] in ("sweep", "look", "verbs.py", "__main__.py"):
+            continue
         total.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
     return total.hexdigest()[:16]
 
 
-def _same(place: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
-    for key in ("kind", "config", "versions", "code_id"):
+def _same(place: Path, old: dict[str, Any], new: dict[str, Any], keys: tuple[str, ...]) -> None:
+    for key in keys:
         if old.get(key) != new[key]:
             before, after = _first_difference(old.get(key), new[key], key)
             raise BadInput(f"{place.parent} was begun with {before}, this is {after}; "

@@ -1,0 +1,79 @@
+"""Sampling: cached equals full, streaming equals at once, and it stops."""
+
+import jax
+import numpy as np
+import pytest
+from test_model_decoder import SMALL, drawn, forward
+
+from tinylm.config import BadInput
+from tinylm.model.decoder import ModelConfig
+from tinylm.model.generate import CONTROL, sample, stream
+from tinylm.text import tokenizer
+
+PROMPT = np.array([1, 20, 30, 40], np.int32)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return drawn(SMALL)
+
+
+def test_greedy_decoding_takes_the_full_passs_likeliest_token_each_time(params):
+    out = sample(SMALL, params, [PROMPT], 12, temperature=0.0)[0]
+    ids = list(PROMPT)
+    for token in out:
+        padded = np.array([ids + [0] * (SMALL.T - len(ids))], np.int32)
+        logits = np.asarray(forward(SMALL, params, padded))[0, len(ids) - 1]
+        assert token == logits.argmax()
+        ids.append(int(token))
+
+
+def test_rows_of_a_batch_do_not_see_each_other_or_their_padding(params):
+    long = np.array([1, 9, 8, 7, 6, 21, 22], np.int32)
+    both = sample(SMALL, params, [PROMPT, long], 8, temperature=0.0)
+    for prompt, got in zip([PROMPT, long], both, strict=True):
+        np.testing.assert_array_equal(sample(SMALL, params, [prompt], 8, temperature=0.0)[0], got)
+
+
+@pytest.mark.parametrize("every", [1, 3, 8])
+def test_streaming_gives_the_same_tokens_as_sampling_at_once(params, every):
+    whole = sample(SMALL, params, [PROMPT], 10, seed=4)[0]
+    parts = list(stream(SMALL, params, PROMPT, 10, seed=4, every=every))
+    np.testing.assert_array_equal(np.concatenate(parts), whole)
+
+
+def test_a_row_ends_at_its_first_control_id_and_the_context_bounds_it(params):
+    for seed in range(6):
+        out = sample(SMALL, params, [PROMPT] * 4, 100, seed=seed, temperature=3.0)
+        for row in out:
+            assert len(row) <= SMALL.T - len(PROMPT)
+            assert (row[:-1] >= CONTROL).all()
+
+
+def test_the_same_seed_draws_the_same_and_another_does_not(params):
+    one, again, other = (sample(SMALL, params, [PROMPT], 10, seed=s)[0] for s in (1, 1, 2))
+    np.testing.assert_array_equal(one, again)
+    assert len(one) != len(other) or (one != other).any()
+
+
+def test_sampled_frequencies_are_the_softmax(params):
+    rows = sample(SMALL, params, [PROMPT] * 4000, 1, seed=3)
+    counts = np.bincount([int(r[0]) for r in rows], minlength=SMALL.V) / 4000
+    padded = np.array([list(PROMPT) + [0] * (SMALL.T - 4)], np.int32)
+    p = np.asarray(jax.nn.softmax(forward(SMALL, params, padded)[0, 3]))
+    assert np.abs(counts - p).sum() / 2 < 0.06
+
+
+def test_control_ids_are_those_of_the_tokenizer():
+    assert len(tokenizer.CONTROL) == CONTROL
+
+
+@pytest.mark.parametrize("length", [0, 24, 100])
+def test_prompts_outside_the_context_are_refused_with_the_limit(params, length):
+    with pytest.raises(BadInput, match="1 to 23 tokens fit the context T=24"):
+        sample(SMALL, params, [np.full(length, 9)], 4)
+
+
+def test_a_model_without_a_cache_is_refused():
+    with pytest.raises(BadInput, match="keeps no cache"):
+        sample(ModelConfig(kind="position_weights"), {}, [PROMPT], 4)

@@ -1,0 +1,105 @@
+"""A sweep survives: kills, bad members, a second call, a second owner."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+from test_stages_pretrain import bits, config, data  # noqa: F401  (fixtures)
+
+from tinylm import files
+from tinylm.config import BadInput, to_json
+from tinylm.sweep import cells, runner
+from tinylm.train import run
+
+CODE = """
+import sys
+from pathlib import Path
+from tinylm import machine
+machine.pin(devices=2)
+from tinylm import files
+from tinylm.config import from_json
+from tinylm.stages.pretrain import PretrainConfig
+from tinylm.sweep import runner
+from tinylm.train.run import Stopped
+configs = [from_json(PretrainConfig, c) for c in files.read_json(Path(sys.argv[1]))]
+try:
+    runner.sweep(Path(sys.argv[2]), configs, Path(sys.argv[3]))
+except Stopped:
+    sys.exit(75)
+"""
+
+
+def start(folder, configs, data):  # noqa: F811
+    files.write_json(folder / "configs.json", [to_json(c) for c in configs])
+    command = [sys.executable, "-c", CODE, str(folder / "configs.json"), str(folder / "runs"),
+               str(data.folder)]
+    return subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture(scope="module")
+def configs(config):  # noqa: F811
+    return [replace(config, steps=s, seed=n) for n, s in enumerate((400, 300, 40, 30))]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, configs, data):  # noqa: F811
+    folder = tmp_path_factory.mktemp("whole") / "runs"
+    return folder, runner.sweep(folder, configs, data.folder)
+
+
+def test_every_run_is_there_once_and_the_second_call_trains_nothing(
+        whole, configs, data):  # noqa: F811
+    folder, records = whole
+    assert sorted(r["seed"] for r in records) == [0, 1, 2, 3]
+    began = time.monotonic()
+    assert runner.sweep(folder, configs, data.folder) == records
+    assert time.monotonic() - began < 2
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_sweep_killed_in_its_middle_ends_with_the_same_bits(
+        tmp_path, whole, configs, data, how):  # noqa: F811
+    for _ in range(2):
+        process = start(tmp_path, configs, data)
+        seen = time.monotonic() + 60
+        while time.monotonic() < seen and process.poll() is None:
+            logs = list((tmp_path / "runs").glob("*/metrics.jsonl"))
+            if any(log.stat().st_size > 1500 for log in logs if not
+                   (log.parent / "record.json").exists()):
+                break
+            time.sleep(0.02)
+        if process.poll() is None:
+            os.killpg(process.pid, how)
+        code = process.wait(timeout=60)
+        process.stderr.close()
+        assert code in ((-9,) if how == signal.SIGKILL else (75, -15, 0))
+    folder, records = whole
+    assert runner.sweep(tmp_path / "runs", configs, data.folder) == records
+    for c in configs:
+        assert bits(tmp_path / "runs" / cells.name(c), c) == bits(folder / cells.name(c), c)
+    assert not list(tmp_path.rglob(".*.tmp"))
+
+
+def test_a_member_that_cannot_train_is_a_row_that_says_so_and_the_rest_goes_on(
+        tmp_path, config, data):  # noqa: F811
+    greedy = replace(config, steps=100_000)
+    records = runner.sweep(tmp_path / "runs", [greedy, config], data.folder)
+    assert [r["config"]["steps"] for r in records] == [config.steps]
+    failure = files.read_json(tmp_path / "runs" / cells.name(greedy) / "failure.json")
+    assert failure["status"] == "failed" and "epochs" in failure["reason"]
+    assert run.record(tmp_path / "runs" / cells.name(greedy)) is None
+
+
+def test_another_list_in_the_same_folder_is_refused(whole, config, data):  # noqa: F811
+    with pytest.raises(BadInput, match="holds another list of runs"):
+        runner.sweep(whole[0], [config], data.folder)
+
+
+def test_names_are_unique_and_safe(configs):
+    names = [cells.name(c) for c in configs]
+    assert len(set(names)) == len(names)
+    assert all(set(n) <= set("abcdefghijklmnopqrstuvwxyzD0123456789.-") for n in names)

@@ -1,0 +1,88 @@
+"""The command line as a user meets it: results, one-line refusals, exit codes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_stages_pretrain import story
+
+ROOT = Path(__file__).parent.parent
+
+
+def tinylm(*args: object, **more) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "tinylm", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=200, **more)
+
+
+def last(done: subprocess.CompletedProcess) -> dict:
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    for n in range(30):
+        (folder / f"{n:02d}.txt").write_text(story(n))
+    corpus = sorted(map(str, folder.glob("*.txt")))
+    command = ("train", "--out", folder / "run", "--corpus", *corpus, "--model.V", 128,
+               "--model.D", 16, "--model.T", 32, "--batch", 128, "--steps", 40, "--seed", 0)
+    return folder, command, last(tinylm(*command, "--json"))
+
+
+def test_train_repeated_shows_the_same_record(trained):
+    folder, command, record = trained
+    before = {p: p.stat().st_mtime_ns for p in (folder / "run").rglob("*") if p.is_file()
+              and p.name != ".lease"}
+    assert last(tinylm(*command, "--json")) == record
+    assert all(p.stat().st_mtime_ns == at for p, at in before.items())
+
+
+def test_a_finished_run_can_be_tuned_sampled_talked_to_and_verified(trained):
+    folder, _, record = trained
+    talks = folder / "talks.jsonl"
+    turn = [{"role": "user", "content": "say ba"}, {"role": "assistant", "content": "ba"}]
+    talks.write_text("".join(json.dumps({"messages": turn}) + "\n" for _ in range(40)))
+    tuned = last(tinylm("sft", folder / "run", "--out", folder / "chat", "--data", talks,
+                        "--steps", 30, "--rows", 4, "--json"))
+    assert tuned["parent"]["id"] == record["id"]
+    one, again = (tinylm("chat", folder / "chat", "--prompt", "say ba", "--seed", 1)
+                  for _ in range(2))
+    assert one.returncode == 0 and one.stdout == again.stdout and one.stdout.strip()
+    talk = tinylm("chat", folder / "run", input="hello\n\n")
+    assert talk.returncode == 0 and len(talk.stdout.strip()) > 2
+    assert tinylm("sample", folder / "run", "--prompt", "Ba", "--count", 9).returncode == 0
+    loss = last(tinylm("eval", folder / "run", "--json"))
+    assert loss["nats_per_token"] == record["loss"]["nats_per_token"]
+    assert last(tinylm("verify", folder, "--json"))["bad"] == []
+    array = max((folder / "run/checkpoints").rglob("*"), key=lambda p: p.stat().st_size)
+    data = bytearray(array.read_bytes())
+    data[len(data) // 2] ^= 1
+    array.write_bytes(data)
+    found = tinylm("verify", folder)
+    assert found.returncode == 1 and array.name in found.stdout
+    refused = tinylm("sample", folder / "run", "--prompt", "Ba")
+    assert refused.returncode == 2 and array.name in refused.stderr
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (("--model.D", "100", "--model.H", "8"), "D=100 is not a multiple of H=8"),
+    (("--batch", "100"), "batch=100 tokens is not a multiple of the context"),
+    (("--model.depth", "3"), "--model.depth"),
+    (("--steps", "many"), "steps"),
+    (("--corpus", "nowhere.txt"), "nowhere.txt"),
+])
+def test_bad_input_is_one_line_and_exit_code_2_and_writes_nothing(tmp_path, flags, words):
+    done = tinylm("train", "--out", tmp_path / "run", *flags)
+    assert done.returncode == 2 and words in done.stderr + done.stdout
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run/config.json").exists()
+
+
+def test_another_config_in_the_folder_of_a_run_is_refused_with_the_difference(trained):
+    _, command, _ = trained
+    done = tinylm(*command[:-1], 5)
+    assert done.returncode == 2
+    assert "config.seed=0, this is config.seed=5" in done.stderr
