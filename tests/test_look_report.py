@@ -134,7 +134,7 @@ def test_the_report_says_forecast_outcome_and_interval(page, whole):
                   f"by {s['error_percent']:+.2f}%", "inside its interval, 3.7000 to 3.9000"):
         assert words in top
     assert s["forecast_sha256"] in page and f"FLOPs^{GROWTH:.3f}" in page
-    assert "No warnings." in page and "Not shown" not in page
+    assert "No warnings in 17 records." in page and "Not shown" not in page
 
 
 def test_hostile_sample_text_is_escaped(page):
@@ -179,13 +179,19 @@ def test_a_law_with_a_floor_above_a_table_never_crosses_it(study):
     assert re.search(r"<td>4-gram</td>.*?<td>not crossed</td>", report.write(study).read_text())
 
 
-@pytest.mark.parametrize("name", ["score.json", "law.json", "baselines.json", "samples.json",
-                                  "text", "target", "chat", "sweep", "forecast.json"])
+@pytest.mark.parametrize("name", ["score.json", "law.json", "text", "target", "sweep"])
 def test_a_missing_part_is_said_without_the_folder_s_path(study, name):
     place = study / name
     shutil.rmtree(place) if place.is_dir() else place.unlink()
     page = report.write(study).read_text()
     assert "Not shown" in page and str(study) not in page
+
+
+def test_an_empty_folder_gives_a_report_of_what_is_missing(tmp_path):
+    page = report.write(tmp_path).read_text()
+    for part in ("score.json", "law.json", "samples.json", "the target run has no record"):
+        assert part in page
+    assert str(tmp_path) not in page
 
 
 def test_warnings_come_first_and_name_what_is_wrong(study):
@@ -203,4 +209,4 @@ def test_warnings_come_first_and_name_what_is_wrong(study):
     for words in ("at width 8", "add smaller models", "run10 ended as diverged", "2.50 times",
                   "2 versions of the code", "lost failed: out of memory"):
         assert words in warned
-    assert "lies inside the range at 0 of 1 sizes" in page and "1 minima refused" in page
+    assert "lies inside the range at 0 of 1 sizes" in page and "refused minima: 1 (hollow)" in page

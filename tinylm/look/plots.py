@@ -23,7 +23,7 @@ LAWS = {"power law": (BLUE, "-"), "law with floor": (ORANGE, "--")}
 REACH = 100.0  # crossings further than this factor beyond the target are left off the figure
 STYLE = {"svg.hashsalt": "tinylm", "svg.fonttype": "none", "font.size": 10, "axes.grid": True,
          "grid.alpha": 0.25, "axes.spines.top": False, "axes.spines.right": False,
-         "axes.titlesize": 11, "axes.titlelocation": "left", "legend.frameon": False}
+         "axes.titlesize": 11, "axes.titlelocation": "left", "legend.edgecolor": "none"}
 
 
 def loss_axis(study: Study) -> Figure:
@@ -65,7 +65,8 @@ def isoflops(study: Study) -> Figure:
     for label, m in enumerate(found):
         colour = matplotlib.colormaps["viridis"](0.88 * label / max(len(found) - 1, 1))
         here = runs.keep(labels == label)
-        ax.scatter(here.params, here.loss, s=20, color=colour, label=f"{m['flops']:.1e} FLOPs")
+        name = f"{scientific(m['flops'], 1)} FLOPs"
+        ax.scatter(here.params, here.loss, s=20, color=colour, label=name)
         c = np.array([math.nan if x is None else x for x in m["coefficients"]])
         if np.isfinite(c).all():
             u = np.linspace(*np.log([here.params.min(), here.params.max()]), 60)
@@ -76,7 +77,7 @@ def isoflops(study: Study) -> Figure:
     e = study.part("law.json")["exponents"]
     return _done(ax, ("No exponent: too few budgets show a minimum" if "refused" in e else
                       f"Best size grows as FLOPs^{e['a']:.2f} (standard error {e['a_se']:.2f})")
-                     + (f"; {refused} minima refused (hollow)" if refused else ""))
+                     + (f"; refused minima: {refused} (hollow)" if refused else ""))
 
 
 def frontier(study: Study) -> Figure:

@@ -49,7 +49,8 @@ def warnings(study: Study) -> str:
     most = max((r["epochs"] for r in runs if r["kind"] != "sft"), default=0.0)
     if most > 1:
         found.append(f"a run saw its training text {most:.2f} times")
-    return "".join(p(f"Warning: {text}.", "warn") for text in found) or p("No warnings.")
+    return "".join(p(f"Warning: {text}.", "warn") for text in found) or p(
+        f"No warnings in {len(runs)} records.")
 
 
 def headline(study: Study) -> str:
