@@ -22,7 +22,7 @@ from tinylm.__main__ import guarded  # noqa: E402  (JAX must start pinned)
 from tinylm.evaluate import baselines, samples  # noqa: E402
 from tinylm.laws import forecast  # noqa: E402
 from tinylm.laws.plan import cell  # noqa: E402
-from tinylm.look import progress, report  # noqa: E402
+from tinylm.look import notebook, progress, report  # noqa: E402
 from tinylm.stages import sft as stage  # noqa: E402
 from tinylm.stages.pretrain import pretrain  # noqa: E402
 from tinylm.sweep import cells, law, runner  # noqa: E402
@@ -107,7 +107,8 @@ def main(args: Args) -> int:
         stage.sft(out / "chat", tuned, out / "target", *packed, data, plan, event)
     pair = [stage.load_params(out / name, config.model) for name in ("target", "chat")]
     samples.write(out / "samples.json", config.model, *pair, tokenizer)
-    say(f"report: {report.write(out)}")
+    book = notebook.execute(Path(__file__).parents[1] / "notebooks/study.py", out)
+    say(f"report: {report.write(out)}" + (f"\nnotebook: {book}" if book else ""))
     return 0
 
 

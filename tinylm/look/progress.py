@@ -18,6 +18,8 @@ from tinylm.text.shards import Dataset
 from tinylm.train.batch import windows
 
 console = Console(stderr=True)
+if not console.is_terminal:
+    console = Console(stderr=True, width=120)
 QUIET_SECONDS = 15.0
 """between two lines of progress where there is no terminal"""
 

@@ -1,5 +1,6 @@
 """From records to laws: the table a fit needs, everything fitted, and the tuning check."""
 
+import math
 from dataclasses import asdict
 from typing import Any
 
@@ -35,7 +36,7 @@ def fit(records: list[Record]) -> dict[str, Any]:
     return {"eval_id": eval_id, "runs": len(ids),
             "codes": sorted({r["code_id"] for r in records}),
             "bits_per_nat": _bits_per_nat(records),
-            "minima": [m._asdict() for m in found],
+            "minima": [_finite(m._asdict()) for m in found],
             "exponents": _or_why(lambda: exponents(found)._asdict()),
             "surface": _or_why(lambda: _told(fit_surface(runs))),
             "frontier": _or_why(lambda: _told(fit_frontier(flops, loss, floor=False))),
@@ -58,6 +59,13 @@ def tuning_verdict(records: list[Record]) -> list[dict[str, Any]]:
                     "best": rows[best]["config"]["optim"]["lr"],
                     "at_edge": best in (0, len(rows) - 1)})
     return out
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    """Put None where a refused minimum has no number."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else
+            [None if not math.isfinite(x) else x for x in v] if isinstance(v, tuple) else v
+            for k, v in values.items()}
 
 
 def _told(fitted) -> dict[str, Any]:

@@ -36,9 +36,9 @@ class OptimConfig:
     """largest global norm of the gradient"""
     z_loss: float = 1e-4
     """weight of the squared log-normaliser"""
-    warmup: float = 0.1
+    warmup: float = 0.05
     """share of the steps over which the rate rises from 0"""
-    decay: float = 0.2
+    decay: float = 0.3
     """share of the steps, at the end, over which the rate falls to 0"""
 
 
