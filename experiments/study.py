@@ -82,10 +82,12 @@ def main(args: Args) -> int:
     runs, ids, eval_id = law.runs_of(records)
     best = cells.nearest(models, cells.best_params(fitted, study.target))
     target = cell(study.target, best.shape, study.batch)
-    written = forecast.make(runs, ids, target.flops, target.params, target.tokens, eval_id,
-                            name=study.name)
-    sha = forecast.write(out / "forecast.json", written)
-    say(progress.forecast(written, sha))
+    if not (out / "forecast.json").exists():
+        forecast.write(out / "forecast.json", forecast.make(
+            runs, ids, target.flops, target.params, target.tokens, eval_id, study.name,
+            rough=True))
+    sha = files.sha256(out / "forecast.json")
+    say(progress.forecast(forecast.read(out / "forecast.json"), sha))
 
     config = replace(cells.config(target, models, study.optim, study.rule, study.batch, data.id),
                      forecast_sha256=sha)

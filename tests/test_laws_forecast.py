@@ -201,3 +201,15 @@ def test_the_recorded_backtests_show_the_joined_forecast_beating_each_law():
                 studies.setdefault(row[0], []).append(abs(float(row[names.index(law)])))
         by_law[law] = np.mean([np.mean(errors) for errors in studies.values()])
     assert min(by_law, key=by_law.get) == "combined" and by_law["combined"] < 0.5
+
+
+def test_a_sweep_without_minima_is_forecast_roughly_only_if_asked():
+    flops = np.repeat([1e9, 2e9, 4e9], 2)
+    runs = Runs(np.tile([1e3, 2e3], 3), flops / 6e3, flops, 20 * flops**-0.07)
+    ids = [str(n) for n in range(6)]
+    with pytest.raises(BadInput, match="0 budgets have a bracketed minimum"):
+        forecast.make(runs, ids, 2e10, 3e3, 1e6, "e")
+    rough = forecast.make(runs, ids, 2e10, 3e3, 1e6, "e", rough=True)
+    np.testing.assert_allclose(rough.predicted, 20 * 2e10**-0.07, rtol=1e-6)
+    assert "best run of each budget, since 0 budgets" in rough.rule
+    assert rough.high / rough.predicted - 1 >= 0.06

@@ -1,6 +1,7 @@
 """The decoder: what may see what, and that every way of running it is the same function."""
 
 import functools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -39,14 +40,14 @@ def tokens(config: ModelConfig, B: int = 2, seed: int = 3):
 
 @pytest.mark.parametrize("kind", ["transformer", "position_weights"])
 def test_future_tokens_do_not_change_past_logits_by_gradient(kind):
-    config = ModelConfig(kind=kind, V=50, D=16, T=24)
+    config = ModelConfig(kind=kind, V=50, D=16, T=24, L=24 if kind != "transformer" else 2)
     params, t = drawn(config), 11
     name = "weight" if kind == "transformer" else None
 
     def logits_at_t(table):
         """Give each position its own row of the table, so that a gradient names positions."""
         own = {**params, "embed_tokens": {name: table} if name else table[None].repeat(24, 0)}
-        wide = ModelConfig(kind=kind, V=config.T, D=16, T=24, tied=True)
+        wide = replace(config, V=config.T)
         return rebuild(wide, own)(jnp.arange(config.T)[None])[0, t, :t].sum()
 
     if kind == "position_weights":
@@ -106,3 +107,15 @@ def test_bf16_compute_stays_near_f32_and_keeps_f32_parameters():
 def test_impossible_shapes_are_refused_in_a_line_with_a_remedy(changes, words):
     with pytest.raises(BadInput, match=words.replace("(", r"\(")):
         ModelConfig(**changes)
+
+
+@pytest.mark.parametrize("D", [4, 12])
+def test_position_weights_sum_one_row_a_distance_dense_or_factored(D):
+    config = ModelConfig(kind="position_weights", V=12, D=D, L=3, T=8)
+    params = drawn(config)
+    x = np.array([[7, 8, 9, 10, 11]], np.int32)
+    tables = np.asarray(params["embed_tokens"])
+    rows = tables[0][10] + tables[1][9] + tables[2][8]
+    want = rows if D == 12 else rows @ np.asarray(params["lm_head"])
+    assert ("lm_head" in params) == (D < 12)
+    np.testing.assert_allclose(forward(config, params, x)[0, 3], want, atol=1e-5)

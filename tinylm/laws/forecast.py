@@ -25,12 +25,19 @@ from tinylm import files
 from tinylm.config import BadInput, from_json, to_json
 from tinylm.laws import intervals
 from tinylm.laws.fit import Runs, fit_frontier, fit_surface
-from tinylm.laws.isoflop import Minimum, exponents, minima
+from tinylm.laws.isoflop import Minimum, exponents, group, minima
 
 SCHEMA = 1
 NEAR = 2.5  # the surface is fitted to runs within this factor of the best params
 LEAST_BUDGETS = 3
 RULE = "geometric mean of frontier with floor, power law through the last 4 budgets, near surface"
+
+
+class Best(NamedTuple):
+    """The least loss of any run at a budget, nats."""
+
+    flops: float
+    loss: float
 
 
 @dataclass(frozen=True)
@@ -82,28 +89,47 @@ class Score(NamedTuple):
 
 def make(runs: Runs, ids: list[str], target_flops: float, target_params: float,
          target_tokens: float, eval_id: str, name: str = "target", sigma: float = 0.0,
-         budgets: np.ndarray | None = None, resamples: int = 50, seed: int = 0) -> Forecast:
+         budgets: np.ndarray | None = None, resamples: int = 50, seed: int = 0,
+         rough: bool = False) -> Forecast:
     """Forecast a target's loss from a sweep's runs, whose `ids` are in the same order.
 
     `sigma` is the run-to-run standard deviation of the loss, nats; the runs' scatter about the
     isoFLOP parabolas is taken where it is larger. `budgets` labels the runs where their FLOPs
-    differ by over 3%. Fewer than 3 bracketed budgets raise BadInput.
+    differ by over 3%. Fewer than 3 bracketed budgets raise BadInput or, if `rough`, give a power
+    law through the best run of each budget, its interval twice as wide.
     """
     if len(ids) != len(runs.loss) or len(set(ids)) != len(ids):
         raise BadInput(f"{len(set(ids))} different ids for {len(runs.loss)} runs; give one a run")
-    flops, params, tokens = map(float, (target_flops, target_params, target_tokens))
-    found = bracketed(runs, budgets)
-    laws = predictions(runs, flops, params, tokens, budgets)
+    target = tuple(map(float, (target_flops, target_params, target_tokens)))
+    factor, rule = target[0] / float(runs.flops.max()), RULE
+    try:
+        found = bracketed(runs, budgets)
+        laws = predictions(runs, *target, budgets)
+        noise = max(sigma, math.sqrt(sum(m.scatter**2 for m in found) / len(found)))
+        drawn = intervals.bootstrap(runs, lambda noisy: _frontier(
+            bracketed(noisy, budgets), *target[:2]), noise, resamples, seed)
+        width = intervals.half_width(laws, float(drawn.std() / drawn.mean()),
+                                     noise / combine(laws), factor)
+        straight = naive(found, target[0])
+    except BadInput as refusal:
+        if not rough:
+            raise
+        best = best_runs(runs, budgets)
+        straight = naive(best, target[0])
+        laws = {"best_runs": float(_line(best, floor=False).loss(target[0]))}
+        width = 2 * intervals.record_half_width(factor)
+        rule = f"power law through the best run of each budget, since {refusal}"
     predicted = combine(laws)
-    noise = max(sigma, math.sqrt(sum(m.scatter**2 for m in found) / len(found)))
-    drawn = intervals.bootstrap(runs, lambda noisy: _frontier(bracketed(noisy, budgets), flops,
-                                                              params), noise, resamples, seed)
-    width = intervals.half_width(laws, float(drawn.std() / drawn.mean()), noise / predicted,
-                                 flops / float(runs.flops.max()))
     used = sorted((str(i), float(loss)) for i, loss in zip(ids, runs.loss, strict=True))
-    return Forecast(SCHEMA, name, flops, params, tokens, predicted, predicted * (1 - width),
-                    predicted * (1 + width), laws, RULE, naive(found, flops), tuple(used),
-                    eval_id)
+    return Forecast(SCHEMA, name, *target, predicted, predicted * (1 - width),
+                    predicted * (1 + width), laws, rule, straight, tuple(used), eval_id)
+
+
+def best_runs(runs: Runs, budgets: np.ndarray | None = None) -> list[Best]:
+    """Take the least loss at each budget, least budget first, where curves show no minimum."""
+    labels = group(runs.flops) if budgets is None else np.asarray(budgets)
+    parts = [runs.keep(labels == label) for label in np.unique(labels)]
+    return sorted(Best(float(p.flops.mean()), float(p.loss.min())) for p in parts)
 
 
 def bracketed(runs: Runs, budgets: np.ndarray | None = None) -> list[Minimum]:
@@ -133,7 +159,7 @@ def combine(laws: dict[str, float]) -> float:
     return math.exp(sum(map(math.log, laws.values())) / len(laws))
 
 
-def naive(found: list[Minimum], flops: float) -> float:
+def naive(found: list[Minimum] | list[Best], flops: float) -> float:
     """Draw a straight line in log-log through the last two minima."""
     return float(_line(found[-2:], floor=False).loss(flops))
 

@@ -30,13 +30,13 @@ class ModelConfig:
     """The shape of a model. D is the dial; fields left at 0 follow from it."""
 
     kind: Literal["transformer", "position_weights"] = "transformer"
-    """position_weights: logits are a sum of one table a position over the last T tokens"""
+    """position_weights: logits are a sum of one table a position over the last L tokens"""
     V: int = 1024
     """rows of the vocabulary"""
     D: int = 64
-    """width of the residual stream (the rank, for position_weights)"""
+    """width of the residual stream; for position_weights the rank, dense from V up"""
     L: int = 2
-    """layers"""
+    """layers; for position_weights the positions looked at"""
     H: int = 2
     """query heads"""
     G: int = 0
@@ -172,7 +172,7 @@ def build(c: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:
         case "transformer":
             return Decoder(c, rngs)
         case "position_weights":
-            return PositionWeights(c.V, c.D, c.T, rngs)
+            return PositionWeights(c.V, c.D, c.L, rngs)
 
 
 @functools.partial(jax.jit, static_argnums=0)

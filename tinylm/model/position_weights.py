@@ -1,7 +1,8 @@
-"""The position-weights predictor: the next token from a table for each of the last T positions.
+"""The position-weights predictor: the next token from a table for each of the last L positions.
 
-logits = sum over j < T of W[j, token at distance j, :], with W[j] = embed[j] @ head (rank D), so it
-knows which token stands where but nothing about which tokens stand together.
+logits = sum over j < L of W[j, token at distance j, :], so it knows which token stands where but
+nothing about which tokens stand together. W[j] is dense where D >= V, else factored with rank D:
+W[j] = embed_tokens[j] @ lm_head.
 """
 
 import jax.numpy as jnp
@@ -12,11 +13,11 @@ from tinylm.model.embedding import param
 
 
 class PositionWeights(nnx.Module):
-    """One factored table a distance; the head is shared."""
+    """One table a distance, dense or factored with a shared head."""
 
-    def __init__(self, V: int, D: int, T: int, rngs: nnx.Rngs):
-        self.embed_tokens = param(rngs, (T, V, D), 0.02)
-        self.lm_head = param(rngs, (D, V), D**-0.5)
+    def __init__(self, V: int, D: int, L: int, rngs: nnx.Rngs):
+        self.embed_tokens = param(rngs, (L, V, min(D, V)), 0.02)
+        self.lm_head = param(rngs, (D, V), D**-0.5) if D < V else None
 
     def __call__(
         self, tokens: Int[Array, "B T"], segments: None = None, unroll: bool = True
@@ -27,4 +28,4 @@ class PositionWeights(nnx.Module):
         total = jnp.zeros((*tokens.shape, tables.shape[-1]), jnp.float32)
         for j in range(min(tables.shape[0], length)):
             total = total.at[:, j:].add(tables[j][tokens[:, : length - j]])
-        return jnp.einsum("btd,dv->btv", total, self.lm_head[...])
+        return total if self.lm_head is None else total @ self.lm_head[...]

@@ -117,7 +117,8 @@ def counts(model: ModelConfig) -> dict[str, int]:
     """Count the parameters: embedding, head, blocks."""
     found = parameters(model.shape)
     if model.kind == "position_weights":
-        return {"embedding": model.T * model.V * model.D, "head": model.V * model.D, "blocks": 0}
+        rank, head = min(model.D, model.V), model.V * model.D if model.D < model.V else 0
+        return {"embedding": model.L * model.V * rank, "head": head, "blocks": 0}
     return {"embedding": found.embedding, "head": found.head, "blocks": found.blocks}
 
 

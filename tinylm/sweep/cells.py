@@ -40,9 +40,11 @@ def check_tokens(study: Study, models: Sequence[ModelConfig], data: Dataset) -> 
     target = cell(study.target, nearest(models, centre(study.target)).shape, study.batch)
     need, held = max(c.tokens for c in [*largest, target]), len(data.train)
     if need > MOST_EPOCHS * held:
-        raise BadInput(f"the {study.name} study trains a run on {need:.3g} tokens and the corpus "
-                       f"holds {held:.3g}, of which {MOST_EPOCHS:g} epochs are allowed; bring more "
-                       "text with --corpus or choose a smaller preset")
+        names = ", ".join(r["name"] for r in data.facts["read"][:3])
+        raise BadInput(f"the {study.name} study trains a run on {need:.3g} tokens and {names} "
+                       f"hold {held:.3g}, of which {MOST_EPOCHS:g} epochs are allowed; bring "
+                       f"{need / MOST_EPOCHS / held:.1f} times the text with --corpus or choose a "
+                       "smaller preset")
 
 
 def tuning(study: Study, models: Sequence[ModelConfig], data_id: str) -> list[PretrainConfig]:
@@ -59,7 +61,7 @@ def tuning(study: Study, models: Sequence[ModelConfig], data_id: str) -> list[Pr
 
 def position(study: Study, base: ModelConfig, data_id: str) -> PretrainConfig:
     """Give the run of the position-weights baseline: the last 8 tokens, rank 64."""
-    model = replace(base, kind="position_weights", T=8, D=64)
+    model = replace(base, kind="position_weights", L=8, D=64)
     steps = cell(study.position_flops, model.shape, study.batch).steps
     return PretrainConfig(model, study.optim, steps, study.batch, 0, data_id)
 

@@ -71,7 +71,7 @@ LAPTOP = Study(
     name="laptop", budgets=(1.5e11, 3.6e11, 8.6e11, 2e12, 4.8e12), target=2.4e13,
     widths=(8, 12, 16, 20, 24, 28, 32, 36, 40, 48, 56, 64, 72, 80, 96, 112, 128, 144, 160),
     base=ModelConfig(V=2048, rope_theta=1e3), spread=3.0, tuning=(2e11, 6e11, 2e12),
-    position_flops=2e12, sft_steps=1000)
+    position_flops=1e12, sft_steps=1000)
 
 # Not yet run whole: their rates rest on the laptop's rule and the square root of the batch.
 OVERNIGHT = Study(
