@@ -17,11 +17,17 @@ test: $(VENV)/test.ok
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/python -m pytest
 
+# tracked notebooks change here only: redrawn from experiments/results
+notebooks: $(VENV)/test.ok
+	$(VENV)/bin/python -c "from pathlib import Path; from tinylm.look.notebook import execute; \
+	execute(Path('notebooks/study.py'), Path('experiments/results/laptop'), Path('notebooks/study.ipynb'))"
+
 lint: $(VENV)/test.ok
 	$(VENV)/bin/ruff check .
 
 $(VENV)/study.ok: setup.cfg constraints.txt
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or sys.exit(f"error: Python {v[0]}.{v[1]} is not 3.11 to 3.13; run make PYTHON=python3.12")'
+	@echo "setting up $(VENV): a minute or two"
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) -e '.[corpus,parquet,notebooks]'
 	touch $@

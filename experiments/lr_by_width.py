@@ -11,7 +11,7 @@ result     experiments/results/lr_by_width.csv, lr_by_width.json
 import csv
 import io
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +23,9 @@ machine.pin(devices=max(2, len(machine.cores())))
 
 from tinylm.__main__ import guarded  # noqa: E402  (JAX must start pinned)
 from tinylm.look import progress  # noqa: E402
-from tinylm.model.decoder import ModelConfig  # noqa: E402
 from tinylm.stages.pretrain import PretrainConfig  # noqa: E402
 from tinylm.sweep import runner  # noqa: E402
+from tinylm.sweep.presets import LAPTOP  # noqa: E402
 from tinylm.text import corpora, prepare  # noqa: E402
 from tinylm.train.optim import OptimConfig  # noqa: E402
 
@@ -38,15 +38,15 @@ class Args:
     """folder of the runs"""
     corpus: tuple[str, ...] = ()
     """text files; none: the default corpus"""
-    widths: tuple[int, ...] = (16, 48, 160)
+    widths: tuple[int, ...] = (16, 48, 144)
     """smallest, middle and largest width of the study"""
     rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
     """rates of a width-64 model"""
     seeds: int = 3
     """of initial parameters and data order"""
-    steps: int = 500
+    steps: int = 400
     """of 512 tokens"""
-    V: int = 1024
+    V: int = LAPTOP.base.V
     """rows of the vocabulary"""
     results: Path | None = None
     """folder for the table and the summary"""
@@ -56,8 +56,8 @@ def main(args: Args) -> int:
     """Train every rate at every width and seed; print the minima with their intervals."""
     corpus = corpora.load(args.corpus)
     data, _ = prepare.prepare(args.out / "text", corpus, args.V)
-    runs = [PretrainConfig(ModelConfig(V=data.V, D=width), OptimConfig(lr=rate), args.steps, 512,
-                           seed, data.id)
+    runs = [PretrainConfig(replace(LAPTOP.base, V=data.V, D=width), OptimConfig(lr=rate),
+                           args.steps, 512, seed, data.id)
             for width in args.widths for rate in args.rates for seed in range(args.seeds)]
     with progress.live("rates by width") as watch:
         records = runner.sweep(args.out / "runs", runs, data.folder, watch)

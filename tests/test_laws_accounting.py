@@ -25,7 +25,7 @@ def test_parameters_are_the_sum_over_every_tensor():
     blocks = sum(a * b for a, b in matrices(SMALL)) + sum(gains)
     got = parameters(SMALL)
     assert got == (66, 66, blocks)
-    assert (got.total, got.law, got.body) == (132 + blocks, 66 + blocks, blocks)
+    assert (got.total, got.law, got.blocks) == (132 + blocks, 66 + blocks, blocks)
 
 
 def test_a_tied_table_is_counted_once_and_as_the_head():

@@ -6,6 +6,7 @@ functions, because `pin` has to run before it.
 """
 
 import dataclasses
+import functools
 import importlib.metadata
 import os
 import platform
@@ -65,6 +66,7 @@ def cores() -> list[int]:
     return list(range(os.cpu_count() or 1))
 
 
+@functools.cache
 def survey() -> tuple[str, int]:
     """Ask a fresh process for JAX's backend and its number of devices (1 for a CPU).
 

@@ -84,6 +84,7 @@ def _scorer(config: ModelConfig) -> Any:
             logits = rebuild(config, params)(row[None, :-1])
             return nll(logits, row[None, 1:])[0][0]
 
-        return jax.lax.map(one, jnp.asarray(rows), batch_size=1)
+        at_once = 1 if jax.default_backend() == "cpu" else BATCH
+        return jax.lax.map(one, jnp.asarray(rows), batch_size=at_once)
 
     return score

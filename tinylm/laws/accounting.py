@@ -27,7 +27,7 @@ class Parameters(NamedTuple):
 
     embedding: int
     head: int
-    blocks: int
+    blocks: int  # with the final norm's gain
 
     @property
     def total(self) -> int:
@@ -38,11 +38,6 @@ class Parameters(NamedTuple):
     def law(self) -> int:
         """Give the count that laws are fitted to: blocks and head, without the input table."""
         return self.blocks + self.head
-
-    @property
-    def body(self) -> int:
-        """Give the blocks alone, with the final norm's gain."""
-        return self.blocks
 
 
 def parameters(shape: Shape) -> Parameters:

@@ -25,13 +25,9 @@ from tinylm.laws.forms import Frontier, Surface
 Estimator = Literal["huber", "lad", "ls"]
 STARTS = 8  # best nodes of the exponent grid that are refined
 EXPONENTS = np.geomspace(0.03, 1.5, 14)
-NAMES = {
-    "params": ("params", "N", "Model Size"),
-    "tokens": ("tokens", "D"),
-    "flops": ("flops", "C", "Training FLOP", "budget"),
-    "loss": ("loss",),
-    "sigma": ("sigma",),
-}
+NAMES = {"params": ("params", "N", "Model Size"), "tokens": ("tokens", "D"),
+         "flops": ("flops", "C", "Training FLOP", "budget"), "loss": ("loss",),
+         "sigma": ("sigma",)}
 
 
 class Runs(NamedTuple):
@@ -67,7 +63,7 @@ class Fit:
 
 
 class Problem(NamedTuple):
-    """What the optimiser sees: centred log inputs `x` (terms, runs), loss, weights, penalty."""
+    """What the optimiser sees: log inputs `x` (terms, runs; centred), loss, weights, penalty."""
 
     x: np.ndarray
     loss: np.ndarray
@@ -107,15 +103,10 @@ def fit_surface(runs: Runs, estimator: Estimator = "huber", delta: float = 1e-3,
     """
     _check_values(**{k: v for k, v in runs._asdict().items() if v is not None})
     _check_design(runs)
-    logs = np.log(np.stack([runs.params, runs.tokens]))
-    centre = logs.mean(axis=1)
     weights = np.ones(len(runs.loss)) if weights is None else np.asarray(weights, float)
     _check_values(weights=weights)
-    problem = Problem(logs - centre[:, None], runs.loss, weights, True, estimator, delta)
-    theta, certificate = _solve(problem)
-    scales, slopes, floor = _unpack(theta, problem, centre)
-    law = Surface(E=floor, A=scales[0], B=scales[1], alpha=slopes[0], beta=slopes[1])
-    return _fit(law, theta, problem, certificate)
+    logs = np.log(np.stack([runs.params, runs.tokens]))
+    return _fit(Surface, Problem(logs, runs.loss, weights, True, estimator, delta))
 
 
 def fit_frontier(flops: np.ndarray, loss: np.ndarray, floor: bool,
@@ -136,12 +127,7 @@ def fit_frontier(flops: np.ndarray, loss: np.ndarray, floor: bool,
         _check_values(sigma=np.asarray(sigma, float))
         weights = (loss / sigma) ** 2
         weights = weights / weights.mean()
-    logs = np.log(flops)[None]
-    centre = logs.mean(axis=1)
-    problem = Problem(logs - centre[:, None], loss, weights, floor, "huber", math.inf)
-    theta, certificate = _solve(problem)
-    scales, slopes, floor_value = _unpack(theta, problem, centre)
-    return _fit(Frontier(floor_value, scales[0], slopes[0]), theta, problem, certificate)
+    return _fit(Frontier, Problem(np.log(flops)[None], loss, weights, floor, "huber", math.inf))
 
 
 def objective(theta: np.ndarray, problem: Problem) -> tuple[float, np.ndarray]:
@@ -258,19 +244,19 @@ def _bounds(problem):
             + [(0.0, 1.0)] * problem.floor)
 
 
-def _unpack(theta, problem, centre):
-    terms = len(centre)
+def _fit(law, problem):
+    """Centre the inputs, solve, and build `law` from floor, scales and slopes, uncentred."""
+    centre, terms = problem.x.mean(axis=1), len(problem.x)
+    problem = problem._replace(x=problem.x - centre[:, None])
+    theta, certificate = _solve(problem)
     slopes = theta[terms:2 * terms]
     scales = np.exp(theta[:terms] + slopes * centre)
     floor = theta[-1] * problem.loss.min() if problem.floor else 0.0
-    return scales.tolist(), slopes.tolist(), float(floor)
-
-
-def _fit(law, theta, problem, certificate):
     residual = _residuals(theta, problem)[0]
     value = (problem.weights @ np.abs(residual) if problem.estimator == "lad"
              else objective(theta, problem)[0])
-    return Fit(law, float(value), residual, certificate)
+    numbers = (float(floor), *scales.tolist(), *slopes.tolist())
+    return Fit(law(*numbers), float(value), residual, certificate)
 
 
 def _check_values(**columns):

@@ -44,32 +44,19 @@ class Best(NamedTuple):
 class Forecast:
     """A prediction of one run's held-out loss. It holds no clock: order is proved by hashes."""
 
-    schema: int
-    """Version of this format."""
-    name: str
-    """What is forecast, in a word."""
-    target_flops: float
-    """Exact training FLOPs of the target."""
-    target_params: float
-    """Parameters of the target, body and head."""
-    target_tokens: float
-    """Training tokens of the target."""
-    predicted: float
-    """Held-out loss, nats per token."""
-    low: float
-    """Lower end of the interval, nats per token."""
-    high: float
-    """Upper end of the interval, nats per token."""
-    laws: dict[str, float]
-    """Each law's own prediction, nats per token."""
-    rule: str
-    """How the laws were joined."""
-    naive: float
-    """Straight line in log-log through the last two budgets' minima, nats per token."""
-    runs: tuple[tuple[str, float], ...]
-    """Id and loss of every run used, sorted."""
-    eval_id: str
-    """The held-out set and protocol of all these losses."""
+    schema: int  # version of this format
+    name: str  # what is forecast, in a word
+    target_flops: float  # exact training FLOPs of the target
+    target_params: float  # parameters of the target, body and head
+    target_tokens: float  # training tokens of the target
+    predicted: float  # held-out loss, nats per token
+    low: float  # lower end of the interval, nats per token
+    high: float  # upper end of the interval, nats per token
+    laws: dict[str, float]  # each law's own prediction, nats per token
+    rule: str  # how the laws were joined
+    naive: float  # straight line in log-log through the last two budgets' minima, nats per token
+    runs: tuple[tuple[str, float], ...]  # id and loss of every run used, sorted
+    eval_id: str  # the held-out set and protocol of all these losses
 
 
 class Score(NamedTuple):
@@ -167,12 +154,11 @@ def naive(found: list[Minimum] | list[Best], flops: float) -> float:
 def write(path: Path, forecast: Forecast) -> str:
     """Write a forecast and give the file's sha256; another forecast there raises BadInput."""
     path = Path(path)
-    if path.exists():
-        if read(path) != forecast:
-            raise BadInput(f"{path} holds another forecast; forecasts are never overwritten, "
-                           "choose a new name")
-        return files.sha256(path)
-    files.write_json(path, to_json(forecast))
+    if not path.exists():
+        files.write_json(path, to_json(forecast))
+    elif read(path) != forecast:
+        raise BadInput(f"{path} holds another forecast; forecasts are never overwritten, "
+                       "choose a new name")
     return files.sha256(path)
 
 

@@ -7,6 +7,7 @@ forecast: it is a guard, not a calibrated 90%. In our backtests (experiments/bac
 floor and disagreement held the truth in 99%: too wide where hyperparameters were tuned.
 """
 
+import contextlib
 import math
 from collections.abc import Callable
 
@@ -55,10 +56,8 @@ def bootstrap(runs: Runs, predict: Callable[[Runs], float], sigma: float, resamp
     rng, found = np.random.default_rng(seed), []
     for _ in range(resamples):
         noisy = runs._replace(loss=runs.loss + sigma * rng.standard_normal(len(runs.loss)))
-        try:
+        with contextlib.suppress(BadInput):
             found.append(predict(noisy))
-        except BadInput:
-            continue
     if len(found) < resamples / 2:
         raise BadInput(f"{len(found)} of {resamples} noisy copies could be fitted at sigma "
                        f"{sigma:.3g} nats; add sizes to each budget until half can")

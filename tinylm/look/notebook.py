@@ -10,8 +10,10 @@ from tinylm.look import progress
 SECONDS = 120  # the longest a cell may take
 
 
-def execute(source: Path, folder: Path) -> Path | None:
-    """Run `source` on the study in `folder` into study.ipynb there; None without the extra.
+def execute(source: Path, folder: Path, place: Path | None = None) -> Path | None:
+    """Run `source` on the study in `folder` into `place`, study.ipynb there unless given.
+
+    Without the `notebooks` extra that is said and None returned.
 
     The kernel is the running interpreter, whatever kernels are installed, and keeps its own files
     in a temporary folder; the notebook finds the study through TINYLM_STUDY.
@@ -39,6 +41,6 @@ def execute(source: Path, folder: Path) -> Path | None:
         kernel.kernel_spec_manager = KernelSpecManager(kernel_dirs=[])  # python3 is then ours
         kernel.transport, kernel.connection_file = "ipc", str(Path(own) / "kernel.json")
         client.execute(env=env)
-    place = Path(folder) / "study.ipynb"
+    place = place or Path(folder) / "study.ipynb"
     files.write_text(place, nbformat.writes(book) + "\n")
     return place

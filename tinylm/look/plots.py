@@ -67,9 +67,8 @@ def isoflops(study: Study) -> Figure:
         here = runs.keep(labels == label)
         name = f"{scientific(m['flops'], 1)} FLOPs"
         ax.scatter(here.params, here.loss, s=20, color=colour, label=name)
-        c = np.array([math.nan if x is None else x for x in m["coefficients"]])
-        if np.isfinite(c).all():
-            u = np.linspace(*np.log([here.params.min(), here.params.max()]), 60)
+        if None not in m["coefficients"]:
+            c, u = m["coefficients"], np.linspace(*np.log([min(here.params), max(here.params)]), 60)
             ax.plot(np.exp(u), c[0] + c[1] * u + c[2] * u**2, color=colour, lw=1)
         ax.scatter(m["params"], m["loss"], marker="*", s=150, edgecolor=colour, zorder=4,
                    facecolor=colour if m["bracketed"] else "none")

@@ -56,8 +56,8 @@ class Study:
 
     def frontiers(self) -> dict[str, Frontier]:
         """Give the frontier laws by name; refused ones are left out."""
-        found = {"power law": "frontier", "law with floor": "frontier_floor"}
-        fits = {k: self.part("law.json")[v] for k, v in found.items()}
+        laws = self.part("law.json")
+        fits = {"power law": laws["frontier"], "law with floor": laws["frontier_floor"]}
         return {k: Frontier(f["E"], f["A"], f["gamma"]) for k, f in fits.items()
                 if "refused" not in f}
 

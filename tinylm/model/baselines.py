@@ -29,23 +29,17 @@ MISS = -1
 class Counts(NamedTuple):
     """The distinct grams of one order, in the order of their keys."""
 
-    keys: np.ndarray
-    "uint64[grams]: context * V + token"
-    seen: np.ndarray
-    "int32[grams]: occurrences"
-    before: np.ndarray
-    "int32[grams]: different tokens seen before the gram"
-    suffix: np.ndarray
-    "int64[grams]: the gram without its oldest token, in the table of one order less"
+    keys: np.ndarray  # uint64[grams]: context * V + token
+    seen: np.ndarray  # int32[grams]: occurrences
+    before: np.ndarray  # int32[grams]: different tokens seen before the gram
+    suffix: np.ndarray  # int64[grams]: the gram less its oldest token, in the next shorter table
 
 
 class Table(NamedTuple):
     """The probabilities of one order."""
 
-    p: np.ndarray
-    "float64[grams]: p(token | context), interpolated"
-    rest: np.ndarray
-    "float64[contexts]: r(context), the share left to the shorter context"
+    p: np.ndarray  # float64[grams]: p(token | context), interpolated
+    rest: np.ndarray  # float64[contexts]: r(context), the share left to the shorter context
 
 
 @dataclass(frozen=True)
@@ -54,12 +48,9 @@ class NGram:
 
     order: int
     V: int
-    factor: float
-    "what the closed-form discounts were multiplied by"
-    tables: list[Table]
-    "one per order, shortest first"
-    grams: list[Counts]
-    "the counts behind them"
+    factor: float  # what the closed-form discounts were multiplied by
+    tables: list[Table]  # one per order, shortest first
+    grams: list[Counts]  # the counts behind them
 
     @classmethod
     def fit(cls, tokens: np.ndarray, order: int, V: int, slice_share: float = 0.05) -> "NGram":

@@ -10,7 +10,7 @@ from tinylm.train.optim import OptimConfig
 class RateRule:
     """lr (at width 64) = lr0 (tokens / tokens0)^-horizon; its record: experiments/rate_rule.py."""
 
-    lr0: float = 5.5e-3
+    lr0: float = 8e-3
     """peak rate at tokens0"""
     tokens0: float = 7e5
     """tokens of the run that lr0 was tuned on"""

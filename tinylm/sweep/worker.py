@@ -4,8 +4,13 @@ Started as `python -m tinylm.sweep.worker FOLDER DATA INDEX [SKIP ...]`; it prin
 a line on stdout. Any number may run over one folder: a run belongs to whoever holds its lease.
 """
 
+import contextlib
 import json
+import os
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 from tinylm import files, machine
@@ -28,6 +33,7 @@ def _work(folder: Path, data_folder: Path, runs: dict, plan: machine.Plan, skip:
     from tinylm.text.shards import open_dataset
     from tinylm.train import run
 
+    threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
     data = open_dataset(data_folder)
     for name, values in runs.items():
         place = folder / name
@@ -52,8 +58,16 @@ def _work(folder: Path, data_folder: Path, runs: dict, plan: machine.Plan, skip:
 
 
 def say(**news: object) -> None:
-    """Print one line of news for the sweep that started this worker."""
-    print(json.dumps(news), flush=True)
+    """Print one line of news for the sweep that started this worker; nobody may be listening."""
+    with contextlib.suppress(BrokenPipeError):
+        print(json.dumps(news), flush=True)
+
+
+def _follow(parent: int) -> None:
+    """Ask this process to save and stop once the sweep that started it is gone."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == "__main__":

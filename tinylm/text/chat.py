@@ -25,16 +25,11 @@ OPEN_ROWS = 32
 class Packed(NamedTuple):
     """Conversations laid side by side in rows of T + 1 tokens."""
 
-    tokens: np.ndarray
-    "int32[rows, T + 1], filled with <|pad|>"
-    mask: np.ndarray
-    "float32[rows, T]: 1 where predicting tokens[:, t + 1] at t is supervised"
-    segments: np.ndarray
-    "int32[rows, T + 1]: 0 for pad, then 1, 2, ... by conversation in the row"
-    positions: np.ndarray
-    "int32[rows, T + 1]: the position within its conversation"
-    dropped: int
-    "conversations left out because no supervised turn fits"
+    tokens: np.ndarray  # int32[rows, T + 1], filled with <|pad|>
+    mask: np.ndarray  # float32[rows, T]: 1 where predicting tokens[:, t + 1] at t is supervised
+    segments: np.ndarray  # int32[rows, T + 1]: 0 for pad, then 1, 2, ... by conversation in the row
+    positions: np.ndarray  # int32[rows, T + 1]: the position within its conversation
+    dropped: int  # conversations left out because no supervised turn fits
 
 
 def render(messages: Messages, tokenizer: Tokenizer,
@@ -99,42 +94,32 @@ def pack(rendered: Sequence[tuple[np.ndarray, np.ndarray]], T: int) -> Packed:
     """
     if T < 1:
         raise BadInput(f"T={T} leaves no token to predict; choose at least 1")
-    lines: list[list[tuple[np.ndarray, np.ndarray]]] = []
-    space: list[int] = []
-    dropped = 0
+    space: list[int] = []  # tokens left in each row
+    placed: list[tuple[int, slice, np.ndarray, np.ndarray]] = []
     for ids, mask in rendered:
         ends = _answers(mask)
         kept = int(max(ends[ends <= T + 1], default=0))
         if kept == 0:
-            dropped += 1
             continue
-        first = max(0, len(lines) - OPEN_ROWS)
-        row = next((r for r in range(first, len(lines)) if space[r] >= kept), len(lines))
-        if row == len(lines):
-            lines.append([])
+        first = max(0, len(space) - OPEN_ROWS)
+        row = next((r for r in range(first, len(space)) if space[r] >= kept), len(space))
+        if row == len(space):
             space.append(T + 1)
-        lines[row].append((ids[:kept], mask[:kept]))
+        start = T + 1 - space[row]
+        placed.append((row, slice(start, start + kept), ids[:kept], mask[:kept]))
         space[row] -= kept
-    return _laid(lines, T, dropped)
+    tokens = np.full((len(space), T + 1), PAD, np.int32)
+    supervised = np.zeros((len(space), T + 1), np.float32)
+    segments, positions = np.zeros_like(tokens), np.zeros_like(tokens)
+    for row, here, ids, mask in placed:
+        tokens[row, here], supervised[row, here] = ids, mask
+        segments[row, here], positions[row, here] = segments[row].max() + 1, np.arange(len(ids))
+    return Packed(tokens, supervised[:, 1:], segments, positions, len(rendered) - len(placed))
 
 
 def _answers(mask: np.ndarray) -> np.ndarray:
     """Give, for each answer, the count of tokens up to its end."""
     return np.flatnonzero((mask > 0) & (np.append(mask[1:], 0) == 0)) + 1
-
-
-def _laid(lines: list[list[tuple[np.ndarray, np.ndarray]]], T: int, dropped: int) -> Packed:
-    tokens = np.full((len(lines), T + 1), PAD, np.int32)
-    mask = np.zeros((len(lines), T + 1), np.float32)
-    segments, positions = np.zeros_like(tokens), np.zeros_like(tokens)
-    for row, line in enumerate(lines):
-        start = 0
-        for number, (ids, supervised) in enumerate(line, 1):
-            here = slice(start, start + len(ids))
-            tokens[row, here], mask[row, here] = ids, supervised
-            segments[row, here], positions[row, here] = number, np.arange(len(ids))
-            start += len(ids)
-    return Packed(tokens, mask[:, 1:], segments, positions, dropped)
 
 
 def conversations(documents: Sequence[Document]) -> list[Messages]:
@@ -146,8 +131,8 @@ def conversations(documents: Sequence[Document]) -> list[Messages]:
     if found:
         return found
     for document in documents:
-        lines = [line.strip() for line in re.split(r"\n+|(?<=[.!?]) ", document.text)]
-        lines = [line for line in lines if line]
-        found += [(("user", a), ("assistant", b)) for a, b in zip(lines[::2], lines[1::2],
-                                                                   strict=False)]
+        cut = re.split(r"\n+|(?<=[.!?]) ", document.text)
+        lines = [line.strip() for line in cut if line.strip()]
+        found += [(("user", a), ("assistant", b))
+                  for a, b in zip(lines[::2], lines[1::2], strict=False)]
     return found

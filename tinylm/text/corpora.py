@@ -2,8 +2,8 @@
 
 import bz2
 import gzip
-import hashlib
 import importlib.util
+import itertools
 import json
 import lzma
 import math
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tinylm import files
 from tinylm.config import BadInput, digest
 
 OPENERS = {".gz": gzip.decompress, ".bz2": bz2.decompress, ".xz": lzma.decompress}
@@ -45,10 +46,8 @@ class Corpus:
 
     train: list[Document]
     heldout: list[Document]
-    duplicates: int
-    "documents dropped because an earlier one has the same text"
-    read: list[dict[str, Any]]
-    "one {name, documents, bytes} per part, bytes in UTF-8"
+    duplicates: int  # documents dropped because an earlier one has the same text
+    read: list[dict[str, Any]]  # one {name, documents, bytes} per part, bytes in UTF-8
 
     @property
     def id(self) -> str:
@@ -165,17 +164,13 @@ def _conversations(path: Path) -> list[Document]:
     for talk in json.loads(path.read_text("utf-8")).values():
         said = [(u["sender"], u["text"]) for group in talk["messages"] for u in group
                 if u["text"].strip()]
-        merged: list[list[str]] = []
-        for sender, text in said:
-            if merged and merged[-1][0] == sender:
-                merged[-1][1] += "\n" + text
-            else:
-                merged.append([sender, text])
-        messages = [(("user", "assistant")[n % 2], text) for n, (_, text) in enumerate(merged)]
-        if len(messages) > 1:  # 3,150 of 7,168 got no answer
-            whole = "\n".join(text for _, text in said)
-            answered = tuple(messages[:len(messages) // 2 * 2])
-            out.append(Document(whole, "chitchat", _sha(whole), answered))
+        merged = ["\n".join(text for _, text in run)
+                  for _, run in itertools.groupby(said, key=lambda u: u[0])]
+        if len(merged) > 1:  # 3,150 of 7,168 got no answer
+            whole, answered = "\n".join(merged), merged[:len(merged) // 2 * 2]
+            roles = ("user", "assistant") * (len(answered) // 2)
+            out.append(Document(whole, "chitchat", _sha(whole),
+                                tuple(zip(roles, answered, strict=True))))
     return out
 
 
@@ -260,12 +255,12 @@ def _text(path: Path) -> str:
 
 
 def _of_row(where: str, row: dict[str, Any], field: str) -> tuple[str, tuple]:
-    if field not in row and "messages" in row:
+    if field in row:
+        return _string(where, row[field], field), ()
+    if "messages" in row:
         messages = turns(row, where)
         return "\n".join(text for _, text in messages), messages
-    if field not in row:
-        raise BadInput(f"{where} has no field {field!r}; it has {', '.join(map(repr, row))}")
-    return _string(where, row[field], field), ()
+    raise BadInput(f"{where} has no field {field!r}; it has {', '.join(map(repr, row))}")
 
 
 def _parquet(path: Path, field: str) -> list[str]:
@@ -328,20 +323,18 @@ def _split(documents: list[Document], share: float) -> tuple[list[Document], lis
         sizes[d.group] = sizes.get(d.group, 0) + len(utf8(d.text))
     total = sum(sizes.values())
     want = max(share * total, min(HELDOUT_BYTES, total / 10))
-    held: set[str] = set()
-    got = 0
+    held, got = set(), 0
     for group in sorted(sizes, key=_sha):
         if got < want and got + sizes[group] <= 2 * want:
             held.add(group)
             got += sizes[group]
-    if not held:
-        held = {min(sizes, key=lambda g: (sizes[g], g))}
+    held = held or {min(sizes, key=lambda g: (sizes[g], g))}
     return ([d for d in documents if d.group not in held],
             [d for d in documents if d.group in held])
 
 
 def _sha(text: str) -> str:
-    return hashlib.sha256(utf8(text)).hexdigest()
+    return files.sha256_of(utf8(text))
 
 
 def _row(name: str, documents: list[Document]) -> dict[str, Any]:

@@ -23,14 +23,10 @@ SCHEMA = 1
 class Documents(NamedTuple):
     """Where the held-out documents lie in their token file; one entry a document."""
 
-    start: np.ndarray
-    "int64: the position of the document's <|bos|>"
-    tokens: np.ndarray
-    "int64: its tokens, <|bos|> included"
-    bytes: np.ndarray
-    "int64: its UTF-8 bytes"
-    part: list[str]
-    "the part of the corpus it comes from"
+    start: np.ndarray  # int64: the position of the document's <|bos|>
+    tokens: np.ndarray  # int64: its tokens, <|bos|> included
+    bytes: np.ndarray  # int64: its UTF-8 bytes
+    part: list[str]  # the part of the corpus it comes from
 
 
 @dataclass(frozen=True)
@@ -38,19 +34,14 @@ class Dataset:
     """Token files of one corpus under one tokenizer, open for reading."""
 
     folder: Path
-    train: np.ndarray
-    "uint16[N], mapped"
-    heldout: np.ndarray
-    "uint16[N], mapped"
+    train: np.ndarray  # uint16[N], mapped
+    heldout: np.ndarray  # uint16[N], mapped
     documents: Documents
-    id: str
-    "16 hex digits over the token files' bytes and the tokenizer"
+    id: str  # 16 hex digits over the token files' bytes and the tokenizer
     tokenizer_id: str
     V: int
-    bytes_per_token: float
-    "of the training split, <|bos|> counted as a token"
-    facts: dict[str, Any]
-    "dataset.json as written"
+    bytes_per_token: float  # of the training split, <|bos|> counted as a token
+    facts: dict[str, Any]  # dataset.json as written
 
 
 def write(folder: Path, corpus: Corpus, tokenizer: Tokenizer,
@@ -59,20 +50,12 @@ def write(folder: Path, corpus: Corpus, tokenizer: Tokenizer,
 
     Serial: 20 MB take 3 s, less than starting a second process is worth.
     """
-    total = len(corpus.train) + len(corpus.heldout)
-    done = 0
-
-    def encoded(split: list[Document]) -> list[np.ndarray]:
-        nonlocal done
-        out = []
-        for document in split:
-            out.append(np.concatenate([[BOS], tokenizer.encode(document.text)]).astype("<u2"))
-            done += 1
-            if progress and (done % 64 == 0 or done == total):
-                progress(done / total)
-        return out
-
-    train, heldout = encoded(corpus.train), encoded(corpus.heldout)
+    documents, encoded = [*corpus.train, *corpus.heldout], []
+    for done, document in enumerate(documents, 1):
+        encoded.append(np.concatenate([[BOS], tokenizer.encode(document.text)]).astype("<u2"))
+        if progress and (done % 64 == 0 or done == len(documents)):
+            progress(done / len(documents))
+    train, heldout = encoded[:len(corpus.train)], encoded[len(corpus.train):]
     counts = {"train": _counts(corpus.train, train), "heldout": _counts(corpus.heldout, heldout)}
     whole = counts["train"]["all"]
     facts = {"schema": SCHEMA, "tokenizer_id": tokenizer.id, "corpus_id": corpus.id,

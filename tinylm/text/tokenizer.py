@@ -9,7 +9,6 @@ Sentencepiece's own byte fallback spends 256 rows of which hardly any is used (d
 they are 0.2% of the held-out ids.
 """
 
-import hashlib
 import io
 import re
 from collections.abc import Iterable, Iterator
@@ -126,7 +125,7 @@ class Tokenizer:
         files.write_bytes(Path(folder) / "tokenizer.model", self._model)
         files.write_json(Path(folder) / "tokenizer.json", {
             "schema": 1, "id": self.id, "V": self.V, "control": list(CONTROL),
-            "sha256": hashlib.sha256(self._model).hexdigest()})
+            "sha256": files.sha256_of(self._model)})
 
     def _encode_safe(self, text: str) -> np.ndarray:
         found = np.asarray(self._spm.encode(text, out_type="numpy"))
@@ -173,11 +172,11 @@ def load(folder: Path) -> Tokenizer:
     facts, path = files.read_json(folder / "tokenizer.json"), folder / "tokenizer.model"
     try:
         model = path.read_bytes()
-        if hashlib.sha256(model).hexdigest() != facts["sha256"]:
+        if files.sha256_of(model) != facts["sha256"]:
             raise ValueError("its sha256 is not the one in tokenizer.json")
         tokenizer = Tokenizer(model)
-        if (tokenizer.id, tokenizer.V, list(CONTROL)) != (facts["id"], facts["V"],
-                                                          facts["control"]):
+        kept = (facts["id"], facts["V"], facts["control"])
+        if (tokenizer.id, tokenizer.V, list(CONTROL)) != kept:
             raise ValueError("its pieces are not those of tokenizer.json")
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as bad:
         reason = str(bad).splitlines()[0] if str(bad) else "empty"
@@ -210,14 +209,13 @@ def _halves(data: np.ndarray) -> np.ndarray:
 
 
 def _explained(error: str, V: int) -> BadInput:
-    high = re.search(r"value <= (\d+)", error)
-    if high:
-        refusal = TooLarge(f"V={V} is more than this text can fill; choose at most "
-                           f"{int(high[1]) - _BYTES - 1 + FIRST}")
-        refusal.largest = int(high[1]) - _BYTES - 1 + FIRST
+    ours = FIRST - _BYTES - 1  # from sentencepiece's size to our V
+    if high := re.search(r"value <= (\d+)", error):
+        largest = int(high[1]) + ours
+        refusal = TooLarge(f"V={V} is more than this text can fill; choose at most {largest}")
+        refusal.largest = largest
         return refusal
-    low = re.search(r"required_chars\. \d+ vs (\d+)", error)
-    if low:
-        least = int(low[1]) - _BYTES - 1 + FIRST
+    if low := re.search(r"required_chars\. \d+ vs (\d+)", error):
+        least = int(low[1]) + ours
         return BadInput(f"V={V} has no room for this text's characters; choose at least {least}")
     return BadInput(f"V={V} cannot be trained ({error.splitlines()[0]}); choose another V")

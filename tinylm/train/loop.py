@@ -5,7 +5,6 @@ What a stage is comes in as functions; the loop knows only states, batches and i
 
 import contextlib
 import json
-import os
 import signal
 import sys
 import time
@@ -129,9 +128,8 @@ def _say(text: str) -> None:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[Callable[[], bool]]:
-    """Catch SIGTERM, SIGINT and SIGHUP as a wish to stop, and the death of the parent too."""
+    """Catch SIGTERM, SIGINT and SIGHUP as a wish to stop; one that is ignored (nohup) stays so."""
     caught: list[int] = []
-    parent = os.getppid()
 
     def note(number: int, frame: Any) -> None:
         if caught:
@@ -139,11 +137,12 @@ def _signals() -> Iterator[Callable[[], bool]]:
         caught.append(number)
 
     try:
-        old = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+        old = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+               if signal.getsignal(s) != signal.SIG_IGN}
     except ValueError:  # not the main thread: whoever runs there handles its own signals
         old = {}
     try:
-        yield lambda: bool(caught) or os.getppid() != parent
+        yield lambda: bool(caught)
     finally:
         for s, handler in old.items():
             signal.signal(s, handler)
