@@ -87,6 +87,8 @@ def make(runs: Runs, ids: list[str], target_flops: float, target_params: float,
     """
     if len(ids) != len(runs.loss) or len(set(ids)) != len(ids):
         raise BadInput(f"{len(set(ids))} different ids for {len(runs.loss)} runs; give one a run")
+    if budgets is not None and len(budgets) != len(runs.loss):
+        raise BadInput(f"{len(budgets)} budget labels for {len(runs.loss)} runs; give one a run")
     target = tuple(map(float, (target_flops, target_params, target_tokens)))
     factor, rule = target[0] / float(runs.flops.max()), RULE
     try:

@@ -141,8 +141,5 @@ def _refusal(c2, c2_se, bottom, u):
 
 def _line(x, y):
     """Give slope, its standard error and the intercept of a straight line."""
-    centred = x - x.mean()
-    slope = float(centred @ y / (centred @ centred))
-    left = y - y.mean() - slope * centred
-    se = math.sqrt(float(left @ left) / max(len(x) - 2, 1) / float(centred @ centred))
-    return slope, se, float(y.mean() - slope * x.mean())
+    (slope, level), covariance = np.polyfit(x, y, 1, cov=True)
+    return float(slope), math.sqrt(covariance[0, 0]), float(level)

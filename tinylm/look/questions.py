@@ -18,6 +18,7 @@ from tinylm.stages.sft import load_params
 from tinylm.text import prepare, shards
 from tinylm.text.shards import Dataset
 from tinylm.text.tokenizer import CONTROL, Tokenizer
+from tinylm.train.batch import windows as count_windows
 
 SEEN = 24  # tokens in the attention figure
 WINDOWS = 32  # held-out windows in which the model's best token is looked for
@@ -43,7 +44,7 @@ def subwords(study: Study) -> str:
 def bigram(study: Study) -> str:
     """Show the held-out token at which the model gains most on the bigram table."""
     data, tokenizer, config, params = _opened(study)
-    rows = min(WINDOWS, (len(data.heldout) - 1) // config.T)
+    rows = min(WINDOWS, count_windows(data.heldout, config.T))
     ids = np.asarray(data.heldout[: rows * config.T + 1], np.int64)
     windows = ids[:-1].reshape(rows, config.T)
     chance = [softmax(capture(config, params, w).logits, axis=-1) for w in windows]

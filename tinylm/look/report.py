@@ -125,8 +125,7 @@ def baselines(study: Study) -> str:
     return table(("predictor", "bits per byte", "standard error", "nats per token",
                   "minus the held-out run", *(f"FLOPs where the {k} crosses" for k in laws)), rows,
                  "× is against the held-out run's FLOPs") + p(
-        " ".join(gaps) + " *Position weights see 8 tokens at a time, so their held-out windows "
-        "differ.") + page.figure(
+        " ".join(gaps) + " *Sees the last 8 tokens only.") + page.figure(
         plots.svg(plots.loss_axis(study)), "A cross is where a law comes down to a table; those "
         "over 100 times beyond the held-out run are in the table only.")
 

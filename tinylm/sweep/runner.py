@@ -169,9 +169,11 @@ def _note(progress, holds, index, said):
     elif "run" in said:
         progress.steps[said["run"]], progress.losses[said["run"]] = said["step"], said["loss"]
     elif "done" in said:
+        holds.pop(index, None)
         progress.status[said["done"]] = said["status"]
         progress.steps[said["done"]] = progress.configs[said["done"]].steps
     elif "failed" in said:
+        holds.pop(index, None)
         progress.status[said["failed"]] = "failed"
     elif "owned" in said:
         holds.pop(index, None)

@@ -22,7 +22,7 @@ def prepare(folder: Path, corpus: Corpus, V: int,
     folder = Path(folder)
     with files.lease(folder):
         if not (folder / "tokenizer").exists():
-            with files.staged(folder / "tokenizer") as draft:
+            with files.staged(folder / "tokenizer", asked=V) as draft:
                 texts = [d.text for d in corpus.train]
                 try:
                     learnt = tokenizer.train(texts, V)
@@ -35,9 +35,9 @@ def prepare(folder: Path, corpus: Corpus, V: int,
         if not (folder / "tokens").exists():
             shards.write(folder / "tokens", corpus, learnt, progress)
         data = shards.open_dataset(folder / "tokens")
-    fits = learnt.V == V or lower and learnt.V < V
-    if data.facts["corpus_id"] != corpus.id or not fits or data.tokenizer_id != learnt.id:
-        raise BadInput(f"{folder} holds corpus {data.facts['corpus_id']} at V={learnt.V}, this is "
+        asked = files.verified(folder / "tokenizer")["asked"]
+    if data.facts["corpus_id"] != corpus.id or asked != V or data.tokenizer_id != learnt.id:
+        raise BadInput(f"{folder} holds corpus {data.facts['corpus_id']} at V={asked}, this is "
                        f"corpus {corpus.id} at V={V}; choose a new folder")
     return data, learnt
 
