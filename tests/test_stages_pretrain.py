@@ -79,6 +79,21 @@ def test_a_run_stopped_twice_ends_in_the_same_bits(tmp_path, data, config):
         tmp_path / "whole/record.json").read_text()
 
 
+def test_a_relative_folder_resumes_and_loads(tmp_path, monkeypatch, data, config):
+    monkeypatch.chdir(tmp_path)
+
+    def stop(step: int, loss: float) -> None:
+        if step >= 20:
+            raise Stopped("pulled the plug")
+
+    with pytest.raises(Stopped):
+        pretrain(Path("run"), config, data, PLAN, stop)
+    assert list(Path("run/checkpoints").glob("step-*"))
+    pretrain(Path("run"), config, data, PLAN)
+    pretrain(tmp_path / "whole", config, data, PLAN)
+    assert bits(Path("run"), config) == bits(tmp_path / "whole", config)
+
+
 def test_a_finished_run_is_returned_not_trained_again(tmp_path, data, config):
     first = pretrain(tmp_path / "run", config, data, PLAN)
 

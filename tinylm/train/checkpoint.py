@@ -63,7 +63,7 @@ def newest(folder: Path, like: State, warn: Any) -> tuple[State, dict[str, Any]]
 
 
 def _read(place: Path, like: Any) -> Any:
-    target = jax.tree.map(_target, like)
+    place, target = Path(place).absolute(), jax.tree.map(_target, like)  # Orbax needs whole paths
     with ocp.StandardCheckpointer() as reader:
         stored = reader.metadata(place).item_metadata.tree
         _same_dtypes(place, stored, like)
