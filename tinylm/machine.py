@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tinylm.config import BadInput
+from tinylm.config import BadInput, require
 
 CACHE = Path(os.environ.get("TINYLM_CACHE", Path.home() / ".cache" / "tinylm"))
 
@@ -83,13 +83,19 @@ def survey() -> tuple[str, int]:
 
 def plan_for(rows: int, backend: str, count: int, **changes: Any) -> Plan:
     """Give the plan of one run alone: `rows` sequences a step over the devices at hand."""
+    require("rows", rows, 1, 1e9)
     available = len(cores()) if backend == "cpu" else count
     devices = max(d for d in range(1, available + 1) if rows % d == 0)
     if backend == "cpu":
         plan = Plan(devices=devices)
     else:
         plan = Plan(devices=devices, micro=max(1, min(64, rows // devices)), unroll=False)
-    return dataclasses.replace(plan, **changes)
+    plan = dataclasses.replace(plan, **changes)
+    require("devices", plan.devices, 1, available)
+    if rows % plan.devices:
+        raise BadInput(f"{rows} sequences a step do not divide over {plan.devices} devices; choose "
+                       "a divisor")
+    return plan
 
 
 def mesh(devices: int) -> Any:

@@ -10,7 +10,7 @@ import numpy as np
 from tyro.conf import Positional
 
 from tinylm import files, machine
-from tinylm.config import BadInput, from_json
+from tinylm.config import BadInput, from_json, require
 from tinylm.evaluate import heldout
 from tinylm.laws import forecast as forecasts
 from tinylm.laws.plan import cell
@@ -147,6 +147,7 @@ def forecast(runs: Positional[Path], flops: float, out: Path, D: int = 0, batch:
         batch: tokens a step
         json: print the forecast on the last line
     """
+    require("flops", flops, 1e6, 1e30)
     records = _records(runs)
     table, ids, eval_id = law.runs_of(records)
     base = from_json(ModelConfig, records[0]["config"]["model"], "model")

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-from tinylm.config import BadInput
+from tinylm.config import BadInput, require
 from tinylm.laws.accounting import Shape, flops_per_token, parameters
 
 LEAST_SIZES = 4  # fewer cannot show a minimum with a residual
@@ -36,6 +36,9 @@ def isoflop_grid(budgets: list[float], shapes: list[Shape], per_budget: int, spr
 
     Fewer are taken where fewer fit; under 4 raise BadInput. Tokens are whole steps.
     """
+    require("spread", spread, 1.0001, 1e6)
+    for budget in budgets:
+        require("budget", budget, 1e6, 1e30)
     return [cell for budget in budgets
             for cell in _row(budget, shapes, per_budget, spread, batch_tokens, centre(budget))]
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from tinylm.config import BadInput
+from tinylm.config import BadInput, require
 from tinylm.model.attention import KeyValue
 from tinylm.model.decoder import ModelConfig, Params, rebuild
 
@@ -93,6 +93,7 @@ def decode(
 def sample(config: ModelConfig, params: Params, prompts: Sequence[np.ndarray], count: int,
            seed: int = 0, temperature: float = 1.0) -> list[np.ndarray]:
     """Give up to `count` new ids for each prompt, up to and with the control id that ended it."""
+    _check(count, seed, temperature)
     state = prefill(config, params, prompts)
     _, out = decode(config, params, state, count, jax.random.key(seed), jnp.float32(temperature))
     return [_cut(row, state, config, count) for row in np.asarray(out)]
@@ -101,6 +102,7 @@ def sample(config: ModelConfig, params: Params, prompts: Sequence[np.ndarray], c
 def stream(config: ModelConfig, params: Params, prompt: np.ndarray, count: int, seed: int = 0,
            temperature: float = 1.0, every: int = 8) -> Iterator[np.ndarray]:
     """Yield the same ids as `sample` gives for one prompt, `every` at a time."""
+    _check(count, seed, temperature)
     state, key = prefill(config, params, [prompt]), jax.random.key(seed)
     left = min(count, config.T - int(state.slot))
     while left > 0 and not bool(state.stopped[0]):
@@ -115,3 +117,9 @@ def _cut(row: np.ndarray, before: Decoding, config: ModelConfig, count: int) -> 
     row = row[: min(count, config.T - int(before.slot))]
     ends = np.flatnonzero(row < CONTROL)
     return row[: ends[0] + 1] if len(ends) else row
+
+
+def _check(count: int, seed: int, temperature: float) -> None:
+    require("count", count, 1, 1e9)
+    require("seed", seed, 0, 2**32 - 1)
+    require("temperature", temperature, 0, 1e6)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from tinylm import files, machine
-from tinylm.config import BadInput
+from tinylm.config import BadInput, require
 from tinylm.evaluate.heldout import eval_id, heldout
 from tinylm.laws.accounting import flops_per_token, parameters, six_nd
 from tinylm.model.decoder import ModelConfig, init
@@ -40,6 +40,7 @@ class PretrainConfig:
     def __post_init__(self):
         if self.steps < 1:
             raise BadInput(f"steps={self.steps} is below 1; choose 1 or more")
+        require("seed", self.seed, 0, 2**32 - 1)
         if self.batch < 1 or self.batch % self.model.T:
             low = max(1, self.batch // self.model.T) * self.model.T
             raise BadInput(f"batch={self.batch} tokens is not a multiple of the context "

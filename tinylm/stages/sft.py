@@ -10,7 +10,7 @@ import numpy as np
 
 from tinylm import config as configs
 from tinylm import files, machine
-from tinylm.config import BadInput
+from tinylm.config import BadInput, require
 from tinylm.evaluate.heldout import eval_id, heldout
 from tinylm.laws.accounting import flops_per_token
 from tinylm.model.decoder import ModelConfig, Params, init
@@ -38,6 +38,11 @@ class SftConfig:
     """packed rows a step"""
     seed: int = 0
     """of the order of the rows"""
+
+    def __post_init__(self):
+        require("steps", self.steps, 1, 1e9)
+        require("rows", self.rows, 1, 1e6)
+        require("seed", self.seed, 0, 2**32 - 1)
 
 
 def conversations_id(train: Packed, held: Packed) -> str:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from tinylm.config import require
 from tinylm.model.decoder import ModelConfig
 
 WIDTH = 64
@@ -41,6 +42,13 @@ class OptimConfig:
     decay: float = 0.3
     """share of the steps, at the end, over which the rate falls to 0"""
 
+
+    def __post_init__(self):
+        require("lr", self.lr, 1e-9, 1e30)
+        for name, high in (("beta1", 0.99999), ("beta2", 0.99999), ("warmup", 1), ("decay", 1),
+                           ("weight_decay", 1e6), ("z_loss", 1e6)):
+            require(name, getattr(self, name), 0, high)
+        require("clip", self.clip, 1e-9, 1e30)
 
     @property
     def program(self) -> "OptimConfig":
