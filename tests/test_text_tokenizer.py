@@ -230,3 +230,12 @@ def test_the_default_corpus_trains_in_seconds_and_holds_few_half_bytes():
     ids = np.concatenate([learnt.encode(d.text) for d in corpus.heldout])
     size = sum(len(d.text.encode()) for d in corpus.heldout)
     assert size / len(ids) > 2.6 and (ids < FIRST).mean() < 0.003
+
+
+def test_an_alphabet_larger_than_v_is_spelt_in_half_bytes_not_refused():
+    rng = np.random.default_rng(0)
+    alphabet = [chr(0x4E00 + i) for i in range(900)]
+    texts = ["".join(rng.choice(alphabet, 200)) for _ in range(200)]
+    learnt = tokenizer.train(texts, 300)
+    assert learnt.V == 300
+    assert learnt.decode(learnt.encode(texts[0])) == texts[0]

@@ -20,6 +20,8 @@ from tinylm.train.batch import windows
 console = Console(stderr=True)
 if not console.is_terminal:
     console = Console(stderr=True, width=120)
+COMPILE_SECONDS = 5.0
+"""to start and compile one shape, over two workers"""
 QUIET_SECONDS = 15.0
 """between two lines of progress where there is no terminal"""
 
@@ -88,8 +90,10 @@ def _sweep_table(title: str, p: runner.Progress) -> Table:
 
 def listing(configs: list[PretrainConfig], data: Dataset, rate: float) -> Table:
     """List runs before they are trained; `rate` in FLOP/s gives their expected time."""
-    table = Table(title=f"{len(configs)} runs, {sum(c.flops for c in configs):.2e} FLOPs, about "
-                        f"{sum(c.flops for c in configs) / rate / 60:.1f} min")
+    total = sum(c.flops for c in configs)
+    compiling = COMPILE_SECONDS * len({c.model for c in configs})
+    table = Table(title=f"{len(configs)} runs, {total:.2e} FLOPs, about "
+                        f"{(total / rate + compiling) / 60:.1f} min, {compiling:.0f} s to compile")
     for column in ("kind", "width", "params", "tokens", "tokens/param", "epochs", "FLOPs", "lr",
                    "seconds"):
         table.add_column(column, justify="right")

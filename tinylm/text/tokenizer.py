@@ -10,7 +10,9 @@ they are 0.2% of the held-out ids.
 """
 
 import io
+import itertools
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -29,6 +31,8 @@ TRAINING_BYTES = 32_000_000
 """Text beyond this is thinned evenly by line; a third of the default corpus, 7 MB, costs 0.02% of
 compression at V=784 and 0.1% at V=2048, so nothing is lost here."""
 
+COVERAGE = 0.9995  # of the text's characters; rarer ones are spelt in half-bytes
+ROOMY = 256  # from this V on, a large alphabet is spelt in half-bytes rather than refused
 _BYTES = 256
 # Sentencepiece's marks for a space and the unknown, NUL, and what is not UTF-8.
 _UNSAFE = re.compile("([\0\u2581\u2585\ud800-\udfff]+)")
@@ -39,6 +43,10 @@ class TooLarge(BadInput):
     """A vocabulary that the text cannot fill; `largest` is what it can."""
 
     largest: int
+
+
+class NoRoom(BadInput):
+    """A vocabulary smaller than the text's alphabet."""
 
 
 class Tokenizer:
@@ -152,6 +160,17 @@ def train(texts: Iterable[str], V: int) -> Tokenizer:
         lines = [s for n, s in enumerate(lines) if int((n + 1) * keep) > int(n * keep)]
     if not lines:
         raise BadInput("the tokenizer got no text; give a corpus with text")
+    try:
+        return _learn(lines, V, COVERAGE)
+    except NoRoom:  # a large alphabet, as in Chinese: half the pieces are its commonest characters
+        if V < ROOMY:
+            raise
+        common = Counter(itertools.chain.from_iterable(lines)).most_common((V - FIRST) // 2)
+        rare = dict.fromkeys(map(ord, set().union(*lines) - {c for c, _ in common}))
+        return _learn([line.translate(rare) for line in lines], V, 1.0)
+
+
+def _learn(lines: list[str], V: int, coverage: float) -> Tokenizer:
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -159,7 +178,7 @@ def train(texts: Iterable[str], V: int) -> Tokenizer:
             vocab_size=V - FIRST + _BYTES + 1, byte_fallback=True, user_defined_symbols=["\n"],
             unk_id=0, bos_id=-1, eos_id=-1, pad_id=-1, normalization_rule_name="identity",
             split_digits=True, add_dummy_prefix=False, remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True, character_coverage=0.9995,
+            allow_whitespace_only_pieces=True, character_coverage=coverage,
             max_sentence_length=16384, num_threads=1, minloglevel=2)
     except RuntimeError as bad:
         raise _explained(str(bad), V) from None
@@ -217,5 +236,5 @@ def _explained(error: str, V: int) -> BadInput:
         return refusal
     if low := re.search(r"required_chars\. \d+ vs (\d+)", error):
         least = int(low[1]) + ours
-        return BadInput(f"V={V} has no room for this text's characters; choose at least {least}")
+        return NoRoom(f"V={V} has no room for this text's characters; choose at least {least}")
     return BadInput(f"V={V} cannot be trained ({error.splitlines()[0]}); choose another V")
