@@ -56,6 +56,8 @@ def main(args: Args) -> int:
         data, tokenizer = prepare.prepare(out / "text", corpus, study.base.V, event, lower=True)
     base = replace(study.base, V=data.V)
 
+    packed = [stage.pack_corpus(split, tokenizer, base.T)
+              for split in (corpus.train, corpus.heldout)]
     models = cells.ladder(base, study.widths)
     cells.check_tokens(study, models, data)
     plan_cells = cells.grid(models, study.budgets, study.per_budget, study.spread, study.batch)
@@ -80,7 +82,7 @@ def main(args: Args) -> int:
     files.write_json(out / "law.json", fitted)
     say(progress.law(fitted))
     runs, ids, eval_id = law.runs_of(records)
-    best = cells.nearest(models, cells.best_params(fitted, study.target))
+    best = cells.best_target(models, fitted, study, data)
     target = cell(study.target, best.shape, study.batch)
     if not (out / "forecast.json").exists():
         forecast.write(out / "forecast.json", forecast.make(
@@ -100,8 +102,6 @@ def main(args: Args) -> int:
     forecast.append_to_ledger(out.parent / "forecasts.csv", score)
     say(progress.score(score))
 
-    packed = [stage.pack_corpus(split, tokenizer, base.T)
-              for split in (corpus.train, corpus.heldout)]
     tuned = stage.SftConfig(config.model, study.sft, record["id"],
                             stage.conversations_id(*packed), study.sft_steps)
     plan = machine.plan_for(tuned.rows, *backend)
@@ -117,7 +117,11 @@ def main(args: Args) -> int:
 def run(folder: Path, configs: list, data) -> list:
     """Run a list of configs with a live table."""
     with progress.live(folder.name) as watch:
-        return runner.sweep(folder, configs, data.folder, watch)
+        records = runner.sweep(folder, configs, data.folder, watch)
+    if len(records) < len(configs):
+        progress.say(f"{folder}: {len(configs) - len(records)} of {len(configs)} runs failed; "
+                     "each failure.json says why")
+    return records
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from test_stages_pretrain import bits, config, data  # noqa: F401  (fixtures)
 
 from tinylm import files
 from tinylm.config import BadInput, to_json
-from tinylm.sweep import cells, runner
+from tinylm.sweep import cells, presets, runner
 from tinylm.train import run
 
 CODE = """
@@ -103,3 +103,20 @@ def test_names_are_unique_and_safe(configs):
     names = [cells.name(c) for c in configs]
     assert len(set(names)) == len(names)
     assert all(set(n) <= set("abcdefghijklmnopqrstuvwxyzD0123456789.-") for n in names)
+
+
+@pytest.mark.parametrize("study", presets.PRESETS.values(), ids=presets.PRESETS)
+def test_every_preset_builds_its_grid_and_refuses_a_corpus_too_small(study, data):  # noqa: F811
+    models = cells.ladder(study.base, study.widths)
+    chosen = cells.grid(models, study.budgets, study.per_budget, study.spread, study.batch)
+    assert all(sum(c.budget == b for c in chosen) >= 4 for b in study.budgets)
+    assert study.target >= 5 * max(study.budgets)
+    with pytest.raises(BadInput, match="trains a run on .* tokens and .* hold"):
+        cells.check_tokens(study, models, data)
+
+
+def test_a_run_held_by_another_process_stops_the_sweep_in_words(
+        tmp_path, config, data):  # noqa: F811
+    with files.lease(tmp_path / "runs" / cells.name(config)), pytest.raises(
+            files.Owned, match="1 runs of .* are held by another process"):
+        runner.sweep(tmp_path / "runs", [config], data.folder)

@@ -34,11 +34,12 @@ def guarded(action: Callable[[], int]) -> int:
 def main() -> int:
     """Start the verb named in argv."""
     machine.pin(devices=int(os.environ.get("JAX_NUM_CPU_DEVICES", max(2, len(machine.cores())))))
-    import tyro
-
-    from tinylm.verbs import VERBS
 
     def start() -> int:
+        import tyro
+
+        from tinylm.verbs import VERBS
+
         tyro.extras.subcommand_cli_from_dict(VERBS, prog="tinylm", description=__doc__)
         return 0
 

@@ -60,7 +60,7 @@ def read_json(path: Path) -> Any:
     """Read a JSON file; a missing or torn one raises Damaged with its name."""
     try:
         return json.loads(Path(path).read_text("utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise Damaged(f"{path} is missing; run the command that makes it again") from None
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as bad:
         raise Damaged(f"{path} is not readable JSON ({bad}); delete it and run again") from None
@@ -205,9 +205,17 @@ def lease(folder: Path) -> Iterator[None]:
         f.truncate(0)
         f.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
         f.flush()
-        for litter in list(folder.rglob(".*.tmp")) + list(folder.rglob(".*.old")):
-            shutil.rmtree(litter) if litter.is_dir() else litter.unlink(missing_ok=True)
+        _sweep_out(folder)
         yield
+
+
+def _sweep_out(folder: Path) -> None:
+    """Delete what the dead left half written, but not in a folder that has its own lease."""
+    for path in folder.iterdir():
+        if path.name.startswith(".") and path.suffix in (".tmp", ".old"):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+        elif path.is_dir() and not path.is_symlink() and not (path / ".lease").exists():
+            _sweep_out(path)
 
 
 def _below(folder: Path) -> list[Path]:

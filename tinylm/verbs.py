@@ -75,8 +75,12 @@ def train(out: Path, corpus: tuple[str, ...] = (), field: str = "text", text: Pa
     """
     pretrain.PretrainConfig(model, optim, steps, batch)  # refuse impossible shapes before reading
     data, _ = _prepared(text or out / "text", corpus, field, model.V, reuse=text is not None)
+    target = forecasts.read(forecast).target_flops if forecast else 0.0
     sha = files.sha256(forecast) if forecast else ""
     config = pretrain.PretrainConfig(model, optim, steps, batch, seed, data.id, sha)
+    if target and abs(config.flops / target - 1) > 0.01:
+        raise BadInput(f"this run takes {config.flops:.4g} FLOPs and {forecast} is for "
+                       f"{target:.4g}; choose the D and steps that `tinylm forecast` printed")
     plan = _plan(out, config.rows, devices)
     with progress.bar("train", steps) as event:
         record = pretrain.pretrain(out, config, data, plan, event)
@@ -268,6 +272,8 @@ def report(study: Positional[Path]) -> None:
     Args:
         study: folder of the study
     """
+    if not (study / "law.json").exists():
+        raise BadInput(f"{study} is no study (no law.json); give a folder that study.py filled")
     print(reports.write(study))
 
 

@@ -90,6 +90,9 @@ def pretrain(
     """Train, evaluate and return the record; a finished run returns its record at once."""
     folder = Path(folder)
     with files.lease(folder):
+        if run.planned(folder) is None:  # refuse before anything of the run is written
+            check(config, data, plan)
+            machine.mesh(plan.devices)
         plan = run.settle(folder, config, "pretrain", plan, data.folder.parent)
         if (done := run.record(folder)) is not None:
             return done

@@ -37,7 +37,7 @@ def config(cell: Cell, models: Sequence[ModelConfig], optim: OptimConfig, rule: 
 def check_tokens(study: Study, models: Sequence[ModelConfig], data: Dataset) -> None:
     """Refuse a corpus too small for the study's hungriest run, before anything is trained."""
     largest = grid(models, study.budgets, study.per_budget, study.spread, study.batch)
-    target = cell(study.target, nearest(models, centre(study.target)).shape, study.batch)
+    target = cell(study.target, nearest(models, centre(study.target) / 2).shape, study.batch)
     need, held = max(c.tokens for c in [*largest, target]), len(data.train)
     if need > MOST_EPOCHS * held:
         names = ", ".join(r["name"] for r in data.facts["read"][:3])
@@ -69,6 +69,14 @@ def position(study: Study, base: ModelConfig, data_id: str) -> PretrainConfig:
 def nearest(models: Sequence[ModelConfig], params: float) -> ModelConfig:
     """Give the model whose parameters (blocks and head) are nearest in logs."""
     return min(models, key=lambda m: abs(math.log(parameters(m.shape).law / params)))
+
+
+def best_target(models: Sequence[ModelConfig], fitted: dict[str, Any], study: Study,
+                data: Dataset) -> ModelConfig:
+    """Choose the held-out model: the law's best size among those that the corpus can feed."""
+    fed = [m for m in models if cell(study.target, m.shape, study.batch).tokens
+           <= MOST_EPOCHS * (len(data.train) - m.T)]
+    return nearest(fed or models, best_params(fitted, study.target))
 
 
 def best_params(fitted: dict[str, Any], flops: float) -> float:

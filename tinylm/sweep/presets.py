@@ -81,7 +81,7 @@ OVERNIGHT = Study(
 
 ACCELERATOR = Study(
     name="accelerator", budgets=(6e14, 1.9e15, 6e15, 1.9e16, 6e16), target=4e17,
-    widths=tuple(range(128, 3072, 64)), base=ModelConfig(V=4096, L=8, H=8, T=512, compute="bf16"),
+    widths=tuple(range(64, 3072, 32)), base=ModelConfig(V=4096, L=8, H=8, T=512, compute="bf16"),
     batch=32768, rule=RateRule(lr0=2e-2), tuning=(6e14, 1.9e15, 6e15), position_flops=1e14,
     sft_steps=2000, rate=1e14)
 

@@ -72,6 +72,11 @@ def sweep(
         progress.flops_before = progress.flops
         if any(run.record(folder / n) is None for n in wanted):
             _supervise(folder, data_folder, listed["workers"], progress, watch)
+        held = [n for n in wanted if run.record(folder / n) is None
+                and progress.status[n] != "failed"]
+        if held:
+            raise files.Owned(f"{len(held)} runs of {folder} ({held[0]}, ...) are held by another "
+                              "process; run again when it has ended")
     return run.table(folder / n for n in wanted)
 
 

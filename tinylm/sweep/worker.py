@@ -12,9 +12,13 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 from tinylm import files, machine
 from tinylm.config import BadInput, from_json
+
+PATIENCE = 10
+"""seconds to wait for runs that others hold and do not finish"""
 
 
 def main(argv: list[str]) -> int:
@@ -29,31 +33,48 @@ def main(argv: list[str]) -> int:
 
 
 def _work(folder: Path, data_folder: Path, runs: dict, plan: machine.Plan, skip: list[str]) -> int:
-    from tinylm.stages.pretrain import PretrainConfig, pretrain
+    from tinylm.stages.pretrain import PretrainConfig
     from tinylm.text.shards import open_dataset
     from tinylm.train import run
 
     threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
     data = open_dataset(data_folder)
-    for name, values in runs.items():
-        place = folder / name
-        if name in skip or run.record(place):
-            continue
-        config = from_json(PretrainConfig, values, name)
-        try:
-            say(begin=name)
-            record = pretrain(place, config, data, plan, lambda step, loss, name=name: say(
-                run=name, step=step, loss=loss if loss == loss else None))
-            say(done=name, status=record["status"])
-        except files.Owned:
-            say(owned=name)
-        except run.Stopped as stop:
-            say(stopped=name, reason=str(stop))
-            return 75
-        except (BadInput, RuntimeError, MemoryError, OSError) as fault:
-            reason = f"{type(fault).__name__}: {fault}".splitlines()[0]
-            run.fail(place, config, "pretrain", reason)
-            say(failed=name, reason=reason)
+    owned, patience = list(runs), PATIENCE
+    while owned and patience:
+        for name in owned:
+            if name not in skip and run.record(folder / name) is None:
+                code = _one(folder / name, from_json(PretrainConfig, runs[name], name), data, plan)
+                if code:
+                    return code
+        left = [n for n in owned if n not in skip and run.record(folder / n) is None
+                and not (folder / n / "failure.json").exists()]
+        patience = patience - 1 if len(left) == len(owned) else PATIENCE
+        owned = left
+        time.sleep(1 if owned else 0)
+    return 0
+
+
+def _one(place: Path, config: Any, data: Any, plan: machine.Plan) -> int:
+    """Train one run unless another holds it; return 75 if a signal stopped it, else 0."""
+    from tinylm.stages.pretrain import pretrain
+    from tinylm.train import run
+
+    name = place.name
+    try:
+        (place / "failure.json").unlink(missing_ok=True)
+        say(begin=name)
+        record = pretrain(place, config, data, plan, lambda step, loss: say(
+            run=name, step=step, loss=loss if loss == loss else None))
+        say(done=name, status=record["status"])
+    except files.Owned:
+        say(owned=name)
+    except run.Stopped as stop:
+        say(stopped=name, reason=str(stop))
+        return 75
+    except (BadInput, RuntimeError, MemoryError, OSError, ValueError) as fault:
+        reason = f"{type(fault).__name__}: {fault}".splitlines()[0]
+        run.fail(place, config, "pretrain", reason)
+        say(failed=name, reason=reason)
     return 0
 
 

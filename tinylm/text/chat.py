@@ -123,16 +123,17 @@ def _answers(mask: np.ndarray) -> np.ndarray:
 
 
 def conversations(documents: Sequence[Document]) -> list[Messages]:
-    """Give the documents' conversations; where there is none, neighbouring lines as turns.
+    """Give the documents' conversations; where there is none, neighbouring pieces.
 
-    Text without any turn then at least teaches the template: one line asks, the next answers.
+    Text without any turn then at least teaches the template: one piece asks, the next answers.
     """
     found = [d.messages for d in documents if d.messages]
     if found:
         return found
     for document in documents:
         cut = re.split(r"\n+|(?<=[.!?]) ", document.text)
-        lines = [line.strip() for line in cut if line.strip()]
+        pieces = [line[at:at + most] for line in cut for most in [40 if line.isascii() else 8]
+                  for at in range(0, len(line), most) if line[at:at + most].strip()]
         found += [(("user", a), ("assistant", b))
-                  for a, b in zip(lines[::2], lines[1::2], strict=False)]
+                  for a, b in zip(pieces[::2], pieces[1::2], strict=False)]
     return found

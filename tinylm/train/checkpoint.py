@@ -1,5 +1,6 @@
 """Checkpoints: Orbax inside (it checksums no array data), our sealed manifest outside."""
 
+import errno
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,15 @@ def save(folder: Path, state: State, **facts: Any) -> Path:
     step = int(state.step)
     place = Path(folder).absolute() / f"step-{step:08d}"
     rest = {"opt": state.opt, "hyper": state.hyper, "step": state.step}
-    with files.staged(place, step=step, **facts) as draft, ocp.StandardCheckpointer() as writer:
-        writer.save(draft / "params", state.params)
-        writer.save(draft / "rest", rest)
-        writer.wait_until_finished()
+    try:
+        with files.staged(place, step=step, **facts) as draft, ocp.StandardCheckpointer() as writer:
+            writer.save(draft / "params", state.params)
+            writer.save(draft / "rest", rest)
+            writer.wait_until_finished()
+    except ValueError as fault:  # how TensorStore reports a full disk
+        if "RESOURCE_EXHAUSTED" not in str(fault):
+            raise
+        raise OSError(errno.ENOSPC, "no space left for a checkpoint", str(place)) from None
     return place
 
 
