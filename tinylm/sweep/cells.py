@@ -37,7 +37,7 @@ def config(cell: Cell, models: Sequence[ModelConfig], optim: OptimConfig, rule: 
 def check_tokens(study: Study, models: Sequence[ModelConfig], data: Dataset) -> None:
     """Refuse a corpus too small for the study's hungriest run, before anything is trained."""
     largest = grid(models, study.budgets, study.per_budget, study.spread, study.batch)
-    target = cell(study.target, nearest(models, centre(study.target) / 2).shape, study.batch)
+    target = cell(study.target, nearest(models, centre(study.target)).shape, study.batch)
     need, held = max(c.tokens for c in [*largest, target]), len(data.train)
     if need > MOST_EPOCHS * held:
         names = ", ".join(r["name"] for r in data.facts["read"][:3])
