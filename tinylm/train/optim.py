@@ -1,8 +1,8 @@
 """AdamW with warmup-stable-decay rates that are width-aware; what may vary in a sweep is an array.
 
 Rates follow muP for Adam (2203.03466): a matrix whose fan-in is the width learns at lr * 64 / D,
-gains and tables at lr; so `lr` is always the rate of a model of width 64. Weight decay goes by
-path, never by ndim.
+gains and tables at lr; so `lr` is always the rate of a model of width 64. (At 200 steps this
+corrects too much below width 48: experiments/lr_by_width.py.) Weight decay goes by path.
 """
 
 import dataclasses
