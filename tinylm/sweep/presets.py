@@ -8,7 +8,11 @@ from tinylm.train.optim import OptimConfig
 
 @dataclass(frozen=True)
 class RateRule:
-    """lr (at width 64) = lr0 (tokens / tokens0)^-horizon; its record: experiments/rate_rule.py."""
+    """lr (at width 64) = lr0 (tokens / tokens0)^-horizon.
+
+    At V=1024 the best lr0 is about 5.5e-3 (experiments/rate_rule.py); at the laptop study's V=2048
+    its own check moved it to 8e-3 (experiments/LOG.md, results/laptop/tuning.json).
+    """
 
     lr0: float = 8e-3
     """peak rate at tokens0"""
