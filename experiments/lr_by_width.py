@@ -22,7 +22,7 @@ from tinylm import files, machine
 
 machine.pin(devices=max(2, len(machine.cores())))
 
-from tinylm.__main__ import guarded  # noqa: E402  (JAX must start pinned)
+from tinylm.__main__ import arguments, guarded  # noqa: E402  (JAX must start pinned)
 from tinylm.look import progress  # noqa: E402
 from tinylm.stages.pretrain import PretrainConfig  # noqa: E402
 from tinylm.sweep import runner  # noqa: E402
@@ -39,13 +39,13 @@ class Args:
     """folder of the runs"""
     corpus: tuple[str, ...] = ()
     """text files; none: the default corpus"""
-    widths: tuple[int, ...] = (16, 48, 144)
+    widths: tuple[int, ...] = (8, 40, 160)
     """smallest, middle and largest width of the study"""
     rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
     """rates of a width-64 model"""
     seeds: int = 3
     """of initial parameters and data order"""
-    steps: int = 400
+    steps: int = 800
     """of 512 tokens"""
     V: int = LAPTOP.base.V
     """rows of the vocabulary"""
@@ -108,4 +108,4 @@ def _bottom(rates: list[float], losses: list[float]) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: main(tyro.cli(Args))))
+    sys.exit(guarded(lambda: main(arguments(lambda: tyro.cli(Args)))))

@@ -18,7 +18,7 @@ from tinylm import files, machine
 
 machine.pin(devices=max(2, len(machine.cores())))
 
-from tinylm.__main__ import guarded  # noqa: E402  (JAX must start pinned)
+from tinylm.__main__ import arguments, guarded  # noqa: E402  (JAX must start pinned)
 from tinylm.evaluate import baselines, samples  # noqa: E402
 from tinylm.laws import forecast  # noqa: E402
 from tinylm.laws.plan import cell  # noqa: E402
@@ -73,7 +73,7 @@ def main(args: Args) -> int:
     say(progress.baselines(tables))
     if tuning:
         verdict = law.tuning_verdict(run(out / "tuning", tuning, data))
-        files.write_json(out / "tuning.json", verdict)
+        files.write_json(out / "tuning.json", {"sizes": verdict})
         say(progress.tuning(verdict))
     run(out / "position", position, data)
     records = run(out / "sweep", grid, data)
@@ -93,8 +93,8 @@ def main(args: Args) -> int:
 
     config = replace(cells.config(target, models, study.optim, study.rule, study.batch, data.id),
                      forecast_sha256=sha)
-    backend = machine.survey()
-    plan = machine.plan_for(config.rows, *backend)
+    backend, (T, D) = machine.survey(), (config.model.T, config.model.D)
+    plan = machine.plan_for(config.rows, T, D, *backend)
     with progress.bar("held-out run", config.steps) as event:
         record = pretrain(out / "target", config, data, plan, event)
     score = forecast.check(out / "forecast.json", record)
@@ -104,7 +104,7 @@ def main(args: Args) -> int:
 
     tuned = stage.SftConfig(config.model, study.sft, record["id"],
                             stage.conversations_id(*packed), study.sft_steps)
-    plan = machine.plan_for(tuned.rows, *backend)
+    plan = machine.plan_for(tuned.rows, T, D, *backend)
     with progress.bar("instruction tuning", study.sft_steps) as event:
         stage.sft(out / "chat", tuned, out / "target", *packed, data, plan, event)
     pair = [stage.load_params(out / name, config.model) for name in ("target", "chat")]
@@ -125,4 +125,4 @@ def run(folder: Path, configs: list, data) -> list:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: main(tyro.cli(Args))))
+    sys.exit(guarded(lambda: main(arguments(lambda: tyro.cli(Args)))))

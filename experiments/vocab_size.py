@@ -20,7 +20,7 @@ from tinylm import files, machine
 
 machine.pin(devices=max(2, len(machine.cores())))
 
-from tinylm.__main__ import guarded  # noqa: E402  (JAX must start pinned)
+from tinylm.__main__ import arguments, guarded  # noqa: E402  (JAX must start pinned)
 from tinylm.laws.plan import cell  # noqa: E402
 from tinylm.look import progress  # noqa: E402
 from tinylm.model.decoder import ModelConfig  # noqa: E402
@@ -78,4 +78,4 @@ def main(args: Args) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: main(tyro.cli(Args))))
+    sys.exit(guarded(lambda: main(arguments(lambda: tyro.cli(Args)))))

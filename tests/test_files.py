@@ -84,6 +84,34 @@ def test_the_loser_of_a_lease_is_told_who_holds_it_and_the_dead_hold_nothing(tmp
         assert not (tmp_path / ".x.1.tmp").exists()
 
 
+def test_any_changed_bit_of_a_json_file_is_seen(tmp_path):
+    path = tmp_path / "law.json"
+    files.write_json(path, {"a": 1e-5, "words": "né", "list": [1, 2.5, None], "deep": {"b": True}})
+    whole = path.read_bytes()
+    assert files.read_json(path)["a"] == 1e-5
+    for bit in range(8 * len(whole)):
+        harmed = bytearray(whole)
+        harmed[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(harmed)
+        with pytest.raises(files.Damaged, match=r"law\.json"):
+            files.read_json(path)
+    path.write_text('{"a": 1e-05}\n')
+    with pytest.raises(files.Damaged, match="changed"):
+        files.read_json(path)
+
+
+def test_a_log_whose_kept_rows_were_edited_is_damaged(tmp_path):
+    log = tmp_path / "metrics.jsonl"
+    size = files.append_lines(log, ["abc"])
+    sha = files.sha256(log)
+    files.append_lines(log, ["def"])
+    files.truncate(log, size, sha)
+    assert log.read_text() == "abc\n"
+    log.write_text("abd\n")
+    with pytest.raises(files.Damaged, match="other bytes"):
+        files.truncate(log, size, sha)
+
+
 def test_a_log_cut_back_forgets_what_followed_its_checkpoint(tmp_path):
     log = tmp_path / "metrics.jsonl"
     size = files.append_lines(log, ['{"step": 1}'])

@@ -9,7 +9,7 @@ import pytest
 
 from experiments import backtest_forecasts
 from tinylm import files
-from tinylm.config import BadInput
+from tinylm.config import BadInput, to_json
 from tinylm.laws import forecast, intervals
 from tinylm.laws.fit import Runs
 from tinylm.laws.forms import Surface
@@ -118,6 +118,9 @@ def test_a_forecast_edited_after_the_run_began_cannot_be_scored(one, tmp_path):
     path = tmp_path / "f.json"
     sha = forecast.write(path, one)
     path.write_text(path.read_text().replace('"target"', '"better"'))
+    with pytest.raises(BadInput, match="was changed after it was written"):
+        forecast.check(path, record(sha))
+    files.write_json(path, to_json(dataclasses.replace(one, name="better")))
     with pytest.raises(BadInput, match="the run names forecast"):
         forecast.check(path, record(sha))
 

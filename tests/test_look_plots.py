@@ -78,9 +78,9 @@ def test_the_parabolas_pass_through_their_minima(study):
 
 
 def test_a_diverged_rate_is_left_out_of_its_curve(tmp_path):
-    files.write_json(tmp_path / "tuning.json", [
+    files.write_json(tmp_path / "tuning.json", {"sizes": [
         {"width": 8, "steps": 9, "rates": [1e-3, 2e-3, 4e-3], "losses": [4.2, 4.1, None],
-         "best": 2e-3, "at_edge": False}])
+         "best": 2e-3, "at_edge": False}]})
     figure = plots.rates(Study(tmp_path))
     np.testing.assert_allclose(labelled(figure, "width 8, 9 steps").get_ydata(), [0.1, 0])
     assert "inside the range at 1 of 1" in figure.axes[0].get_title("left")

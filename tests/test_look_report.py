@@ -77,9 +77,9 @@ def fake(folder) -> None:
     files.write_json(folder / "chat/record.json", {
         **record("chat", 3e3, 1e8, model, test, kind="sft"),
         "answers_nats_per_token": {"before": 5.0, "after": 4.0}})
-    files.write_json(folder / "samples.json", [
+    files.write_json(folder / "samples.json", {"samples": [
         {"model": m, "prompt": "Hello", "text": HOSTILE, "tokens": 3, "ended": m == "chat"}
-        for m in ("base", "chat")])
+        for m in ("base", "chat")]})
 
 
 @pytest.fixture(scope="session")
@@ -201,9 +201,9 @@ def test_warnings_come_first_and_name_what_is_wrong(study):
     change(study / "sweep/run10/record.json", status="diverged", loss=None)
     change(study / "sweep/run11/record.json", code_id="other", epochs=2.5)
     files.write_json(study / "sweep/lost/failure.json", {"reason": "out of memory"})
-    files.write_json(study / "tuning.json", [
+    files.write_json(study / "tuning.json", {"sizes": [
         {"width": 8, "steps": 9, "rates": [1e-3, 2e-3, 4e-3], "losses": [4.2, 4.1, None],
-         "best": 4e-3, "at_edge": True}])
+         "best": 4e-3, "at_edge": True}]})
     page = report.write(study).read_text()
     warned = page[: page.index("Forecast 3.")]
     for words in ("at width 8", "add smaller models", "run10 ended as diverged", "2.50 times",

@@ -99,7 +99,7 @@ def test_bf16_compute_stays_near_f32_and_keeps_f32_parameters():
 
 @pytest.mark.parametrize(("changes", "words"), [
     ({"D": 100, "H": 8}, "D=100 is not a multiple of H=8; choose D=96 or D=104"),
-    ({"D": 6, "H": 2}, "head width 3 is odd"),
+    ({"D": 6, "H": 2}, "head width K=3 is odd"),
     ({"H": 4, "G": 3}, "not a multiple of G=3"),
     ({"V": 70000}, "65536"),
     ({"T": 0}, "T=0 is below 1"),

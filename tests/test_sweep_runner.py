@@ -25,7 +25,7 @@ from tinylm.config import from_json
 from tinylm.stages.pretrain import PretrainConfig
 from tinylm.sweep import runner
 from tinylm.train.run import Stopped
-configs = [from_json(PretrainConfig, c) for c in files.read_json(Path(sys.argv[1]))]
+configs = [from_json(PretrainConfig, c) for c in files.read_json(Path(sys.argv[1]))["configs"]]
 try:
     runner.sweep(Path(sys.argv[2]), configs, Path(sys.argv[3]))
 except Stopped:
@@ -34,7 +34,7 @@ except Stopped:
 
 
 def start(folder, configs, data):  # noqa: F811
-    files.write_json(folder / "configs.json", [to_json(c) for c in configs])
+    files.write_json(folder / "configs.json", {"configs": [to_json(c) for c in configs]})
     command = [sys.executable, "-c", CODE, str(folder / "configs.json"), str(folder / "runs"),
                str(data.folder)]
     return subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)

@@ -106,8 +106,9 @@ def test_hidden_matrices_learn_in_inverse_proportion_to_width_and_gains_do_not()
         settings = optim.OptimConfig(lr=1e-2, warmup=0.0)
         tx = optim.adamw(settings, config)
         params = init(config, jax.random.key(0))
-        updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params,
-                               hyper=optim.hyper(settings, 10), step=jnp.int32(1))
+        updates, _ = jax.jit(lambda p, tx=tx, settings=settings: tx.update(
+            jax.tree.map(jnp.ones_like, p), tx.init(p), p, hyper=optim.hyper(settings, 10),
+            step=jnp.int32(1)))(params)
         moved[width] = {"q": float(-updates["layers"]["self_attn"]["q_proj"].max()),
                         "gain": float(-updates["norm"]["weight"].max())}
     np.testing.assert_allclose(moved[16]["q"] / moved[64]["q"], 4.0, rtol=1e-5)

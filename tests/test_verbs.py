@@ -40,22 +40,81 @@ def test_train_repeated_shows_the_same_record(trained):
     assert all(p.stat().st_mtime_ns == at for p, at in before.items())
 
 
-def test_a_finished_run_can_be_tuned_sampled_talked_to_and_verified(trained):
-    folder, _, record = trained
+@pytest.fixture(scope="module")
+def tuned(trained):
+    folder, _, _ = trained
     talks = folder / "talks.jsonl"
     turn = [{"role": "user", "content": "say ba"}, {"role": "assistant", "content": "ba"}]
     talks.write_text("".join(json.dumps({"messages": turn}) + "\n" for _ in range(40)))
-    tuned = last(tinylm("sft", folder / "run", "--out", folder / "chat", "--data", talks,
-                        "--steps", 30, "--rows", 4, "--json"))
+    return last(tinylm("sft", folder / "run", "--out", folder / "chat", "--data", talks,
+                       "--steps", 30, "--rows", 4, "--json"))
+
+
+def test_a_tuned_run_names_its_parent_and_answers_the_same_again(trained, tuned):
+    folder, _, record = trained
     assert tuned["parent"]["id"] == record["id"]
     one, again = (tinylm("chat", folder / "chat", "--prompt", "say ba", "--seed", 1)
                   for _ in range(2))
     assert one.returncode == 0 and one.stdout == again.stdout and one.stdout.strip()
-    talk = tinylm("chat", folder / "run", input="hello\n\n")
-    assert talk.returncode == 0 and len(talk.stdout.strip()) > 2
+
+
+def test_a_message_that_does_not_fit_is_refused_and_the_talk_goes_on(trained):
+    folder, _, _ = trained
+    talk = tinylm("chat", folder / "run", input="long " * 99 + "\nhello\n\n")
+    assert talk.returncode == 0 and len(talk.stdout.strip()) > 4
+    assert "error: " in talk.stderr and "fit the context T=32" in talk.stderr
+
+
+def test_a_finished_run_can_be_sampled_and_measured_again(trained):
+    folder, _, record = trained
     assert tinylm("sample", folder / "run", "--prompt", "Ba", "--count", 9).returncode == 0
     loss = last(tinylm("eval", folder / "run", "--json"))
     assert loss["nats_per_token"] == record["loss"]["nats_per_token"]
+
+
+def test_a_sweep_that_cannot_be_fed_is_refused_before_anything_is_written(trained):
+    folder, _, _ = trained
+    common = ("sweep", "--out", folder / "sweep", "--text", folder / "run/text", "--widths", 8, 12,
+              16, 20, 24, "--model.V", 128, "--model.T", 32, "--batch", 128, "--spread", 30)
+    for flags, words in ((("--budgets", 1e12), "epochs"), (("--budgets",), "budgets"),
+                         (("--budgets", 1e8, "--rule.lr0", -1), "lr0=-1")):
+        done = tinylm(*common, *flags)
+        assert done.returncode == 2 and words in done.stderr, done.stderr
+        assert not (folder / "sweep/runs").exists()
+
+
+def test_an_impossible_place_is_bad_input(trained):
+    folder, command, _ = trained
+    for place in (folder / "run/config.json", folder / ("x" * 300)):
+        done = tinylm(command[0], "--out", place, *command[3:])
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        assert done.stderr.splitlines()[-1].startswith("error: [Errno "), done.stderr
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (("--model.D", "100", "--model.H", "8"), "D=100 is not a multiple of H=8"),
+    (("--batch", "100"), "batch=100 tokens is not a multiple of the context"),
+    (("--model.depth", "3"), "--model.depth"),
+    (("--steps", "many"), "steps"),
+    (("--corpus", "nowhere.txt"), "nowhere.txt"),
+    (("--text",), "--text"),
+])
+def test_bad_input_is_one_line_and_exit_code_2_and_writes_nothing(tmp_path, flags, words):
+    done = tinylm("train", "--out", tmp_path / "run", *flags)
+    assert done.returncode == 2 and words in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: ")
+    assert not (tmp_path / "run/config.json").exists()
+
+
+def test_another_config_in_the_folder_of_a_run_is_refused_with_the_difference(trained):
+    _, command, _ = trained
+    done = tinylm(*command[:-1], 5)
+    assert done.returncode == 2
+    assert "config.seed=0, this is config.seed=5" in done.stderr
+
+
+def test_verify_names_a_flipped_bit_and_an_edited_record(trained, tuned):
+    folder, _, _ = trained
     assert last(tinylm("verify", folder, "--json"))["bad"] == []
     array = max((folder / "run/checkpoints").rglob("*"), key=lambda p: p.stat().st_size)
     data = bytearray(array.read_bytes())
@@ -65,24 +124,6 @@ def test_a_finished_run_can_be_tuned_sampled_talked_to_and_verified(trained):
     assert found.returncode == 1 and array.name in found.stdout
     refused = tinylm("sample", folder / "run", "--prompt", "Ba")
     assert refused.returncode == 2 and array.name in refused.stderr
-
-
-@pytest.mark.parametrize(("flags", "words"), [
-    (("--model.D", "100", "--model.H", "8"), "D=100 is not a multiple of H=8"),
-    (("--batch", "100"), "batch=100 tokens is not a multiple of the context"),
-    (("--model.depth", "3"), "--model.depth"),
-    (("--steps", "many"), "steps"),
-    (("--corpus", "nowhere.txt"), "nowhere.txt"),
-])
-def test_bad_input_is_one_line_and_exit_code_2_and_writes_nothing(tmp_path, flags, words):
-    done = tinylm("train", "--out", tmp_path / "run", *flags)
-    assert done.returncode == 2 and words in done.stderr + done.stdout
-    assert "Traceback" not in done.stderr
-    assert not (tmp_path / "run/config.json").exists()
-
-
-def test_another_config_in_the_folder_of_a_run_is_refused_with_the_difference(trained):
-    _, command, _ = trained
-    done = tinylm(*command[:-1], 5)
-    assert done.returncode == 2
-    assert "config.seed=0, this is config.seed=5" in done.stderr
+    note = folder / "chat/record.json"
+    note.write_text(note.read_text().replace('"status": "ok"', '"status": "OK"'))
+    assert str(note) in tinylm("verify", folder).stdout

@@ -1,11 +1,20 @@
 """The command line: `tinylm <verb>`; the only reader of argv in tinylm/."""
 
+import contextlib
+import errno
+import functools
+import io
 import os
+import re
+import signal
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from tinylm import machine
 from tinylm.config import BadInput
+
+MISNAMED = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 
 
 def guarded(action: Callable[[], int]) -> int:
@@ -15,6 +24,12 @@ def guarded(action: Callable[[], int]) -> int:
     """
     from tinylm.train.run import Stopped
 
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, stop)
     try:
         return action()
     except BadInput as bad:
@@ -27,8 +42,24 @@ def guarded(action: Callable[[], int]) -> int:
         print("stopped; the same command goes on", file=sys.stderr)
         return 75
     except OSError as fault:
+        if fault.errno in MISNAMED:
+            print(f"error: {fault}; choose another path", file=sys.stderr)
+            return 2
         print(f"failed: {fault}; nothing that was finished is lost", file=sys.stderr)
         return 1
+
+
+def arguments(parse: Callable[[], Any]) -> Any:
+    """Let tyro read argv; what it refuses becomes one line (BadInput) instead of a box."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return parse()
+    except SystemExit:
+        lines = [line.strip("│ ") for line in said.getvalue().splitlines() if line[:1] == "│"]
+        if not lines:
+            raise
+        raise BadInput(re.sub(r"\s*─+\s*", "; ", " ".join(lines))) from None
 
 
 def main() -> int:
@@ -40,10 +71,20 @@ def main() -> int:
 
         from tinylm.verbs import VERBS
 
-        tyro.extras.subcommand_cli_from_dict(VERBS, prog="tinylm", description=__doc__)
+        verbs = {name: _bound(verb) for name, verb in VERBS.items()}
+        arguments(lambda: tyro.extras.subcommand_cli_from_dict(
+            verbs, prog="tinylm", description=__doc__))()
         return 0
 
     return guarded(start)
+
+
+def _bound(verb: Callable[..., None]) -> Callable[..., Callable[[], None]]:
+    """Give a verb that, called, only keeps its arguments: parse first, then run."""
+    @functools.wraps(verb)
+    def keep(*args: Any, **kwargs: Any) -> Callable[[], None]:
+        return functools.partial(verb, *args, **kwargs)
+    return keep
 
 
 if __name__ == "__main__":

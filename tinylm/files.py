@@ -51,19 +51,31 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a value as indented JSON, atomically; NaN and infinity raise ValueError."""
-    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write an object as indented JSON, atomically, its own sha256 last.
+
+    NaN and infinity raise ValueError.
+    """
+    write_text(path, _sealed_text(value))
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file; a missing or torn one raises Damaged with its name."""
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file of ours; a missing, torn or changed one raises Damaged with its name."""
     try:
-        return json.loads(Path(path).read_text("utf-8"))
+        text = Path(path).read_bytes().decode()
+        found = json.loads(text)
+        if isinstance(found, dict) and found.pop("sha256", "") and _sealed_text(found) == text:
+            return found
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise Damaged(f"{path} is missing; run the command that makes it again") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as bad:
+    except (UnicodeDecodeError, ValueError, RecursionError) as bad:
         raise Damaged(f"{path} is not readable JSON ({bad}); delete it and run again") from None
+    raise Damaged(f"{path} was changed after it was written; delete it and run again")
+
+
+def _sealed_text(value: dict[str, Any]) -> str:
+    sha = sha256_of(json.dumps(value, indent=1, allow_nan=False).encode())
+    return json.dumps({**value, "sha256": sha}, indent=1) + "\n"
 
 
 def append_lines(path: Path, lines: list[str]) -> int:
@@ -82,8 +94,11 @@ def open_log(path: Path) -> IO[bytes]:
     return open(path, "ab")
 
 
-def truncate(path: Path, size: int) -> None:
-    """Cut a log back to `size` bytes: what a resumed run appends then follows its checkpoint."""
+def truncate(path: Path, size: int, sha: str = "") -> None:
+    """Cut a log back to `size` bytes: what a resumed run appends then follows its checkpoint.
+
+    Damaged where those bytes are not there, or have another sha256 than `sha`.
+    """
     path = Path(path)
     if size == 0 and not path.exists():
         return
@@ -93,6 +108,9 @@ def truncate(path: Path, size: int) -> None:
     with open(path, "r+b") as f:
         f.truncate(size)
         os.fsync(f.fileno())
+    if sha and sha256(path) != sha:
+        raise Damaged(f"{path} has other bytes than its checkpoint saw; "
+                      "delete the run folder and run again")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -15,7 +15,6 @@ from tinylm.evaluate import heldout
 from tinylm.laws import forecast as forecasts
 from tinylm.laws.plan import cell
 from tinylm.look import progress
-from tinylm.look import report as reports
 from tinylm.model import generate
 from tinylm.model.decoder import ModelConfig
 from tinylm.stages import pretrain
@@ -28,6 +27,11 @@ from tinylm.text.shards import Dataset, open_dataset
 from tinylm.text.tokenizer import BOS, Tokenizer
 from tinylm.train import run
 from tinylm.train.optim import OptimConfig
+
+NOTES = ("config.json", "plan.json", "record.json", "failure.json", "environment.json",
+         "sweep.json", "tuning.json", "baselines.json", "law.json", "forecast.json", "score.json",
+         "samples.json")
+"""the files that a run, a sweep and a study leave outside sealed folders"""
 
 
 def tokenizer(out: Path, corpus: tuple[str, ...] = (), field: str = "text", V: int = 1024,
@@ -81,7 +85,7 @@ def train(out: Path, corpus: tuple[str, ...] = (), field: str = "text", text: Pa
     if target and abs(config.flops / target - 1) > 0.01:
         raise BadInput(f"this run takes {config.flops:.4g} FLOPs and {forecast} is for "
                        f"{target:.4g}; choose the D and steps that `tinylm forecast` printed")
-    plan = _plan(out, config.rows, devices)
+    plan = _plan(out, config.rows, config.model, devices)
     with progress.bar("train", steps) as event:
         record = pretrain.pretrain(out, config, data, plan, event)
     _out(record, json, progress.result(record))
@@ -120,6 +124,8 @@ def sweep(out: Path, budgets: tuple[float, ...], widths: tuple[int, ...],
     if dry_run:
         progress.say(progress.listing(runs, data, 1e11))
         return
+    for one in runs:
+        pretrain.check(one, data, machine.Plan())
     with progress.live("sweep") as watch:
         records = runner.sweep(out / "runs", runs, data.folder, watch)
     failed = len(runs) - sum(r["status"] == "ok" for r in records)
@@ -205,7 +211,7 @@ def sft(parent: Positional[Path], out: Path, data: tuple[Path, ...] = (),
     wanted = tuning.SftConfig(config, optim, _finished(parent)["id"],
                               tuning.conversations_id(*packed), steps, rows, seed)
     with progress.bar("sft", steps) as event:
-        record = tuning.sft(out, wanted, parent, *packed, tokens, _plan(out, rows, 0), event)
+        record = tuning.sft(out, wanted, parent, *packed, tokens, _plan(out, rows, config), event)
     _out(record, json, progress.result(record))
 
 
@@ -260,9 +266,15 @@ def chat(target: Positional[Path], prompt: str = "", system: str = "", seed: int
     said: list[tuple[str, str]] = []
     for message in [prompt] if prompt else _typed():
         said.append(("user", message))
-        ids, kept = _prompt(said, system, learnt, config.T, tuned)
-        said = kept
-        answer = _stream(target, config, learnt, ids, config.T, seed + len(said), temperature)
+        ids, said = _prompt(said, system, learnt, config.T, tuned)
+        try:
+            answer = _stream(target, config, learnt, ids, config.T, seed + len(said), temperature)
+        except BadInput as refusal:
+            if prompt:
+                raise
+            progress.say(f"error: {refusal}")
+            said.pop()
+            continue
         said.append(("assistant", answer))
 
 
@@ -272,6 +284,8 @@ def report(study: Positional[Path]) -> None:
     Args:
         study: folder of the study
     """
+    from tinylm.look import report as reports  # its plots take a second to import
+
     if not (study / "law.json").exists():
         raise BadInput(f"{study} is no study (no law.json); give a folder that study.py filled")
     print(reports.write(study))
@@ -285,16 +299,21 @@ def verify(path: Positional[Path], json: bool = False) -> None:
         json: print what was found on the last line
     """
     sealed = sorted(p.parent for p in path.rglob(files.MANIFEST))
-    records = sorted(p.parent for p in path.rglob("record.json"))
-    if not sealed and not records:
+    notes = sorted(p for name in NOTES for p in path.rglob(name))
+    if not sealed and not notes:
         raise BadInput(f"{path} holds nothing that tinylm sealed; give a run, text or study folder")
     bad = [problem for folder in sealed for problem in files.problems(folder)]
-    for folder in records:
-        bad += [f"{folder / name} has other bytes than its record says"
-                for name, sha in (run.record(folder) or {}).get("files", {}).items()
-                if not (folder / name).exists() or files.sha256(folder / name) != sha]
-    _out({"checked": len(sealed) + len(records), "bad": bad}, json,
-         "\n".join(bad) or f"{len(sealed)} sealed folders and {len(records)} records are sound")
+    for note in notes:
+        try:
+            listed = files.read_json(note).get("files", {})
+        except files.Damaged as damage:
+            bad.append(str(damage))
+            continue
+        bad += [f"{note.parent / name} has other bytes than its record says"
+                for name, sha in listed.items()
+                if not (note.parent / name).exists() or files.sha256(note.parent / name) != sha]
+    _out({"checked": len(sealed) + len(notes), "bad": bad}, json,
+         "\n".join(bad) or f"{len(sealed)} sealed folders and {len(notes)} notes are sound")
     if bad:
         raise SystemExit(1)
 
@@ -311,12 +330,10 @@ def _prepared(folder: Path, corpus: tuple[str, ...], field: str, V: int,
         return prepare.prepare(folder, loaded, V, event)
 
 
-def _plan(out: Path, rows: int, devices: int) -> machine.Plan:
+def _plan(out: Path, rows: int, model: ModelConfig, devices: int = 0) -> machine.Plan:
     if (bound := run.planned(out)) is not None:
         return bound
-    backend, count = machine.survey()
-    changes = {"devices": devices} if devices else {}
-    return machine.plan_for(rows, backend, count, **changes)
+    return machine.plan_for(rows, model.T, model.D, *machine.survey(), devices)
 
 
 def _records(folder: Path) -> list[dict[str, Any]]:

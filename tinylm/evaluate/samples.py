@@ -45,4 +45,4 @@ def side_by_side(model: ModelConfig, base: Params, chat: Params,
 def write(path: Path, model: ModelConfig, base: Params, chat: Params,
           tokenizer: Tokenizer) -> None:
     """Write the samples as JSON."""
-    files.write_json(path, side_by_side(model, base, chat, tokenizer))
+    files.write_json(path, {"samples": side_by_side(model, base, chat, tokenizer)})

@@ -37,6 +37,7 @@ def isoflop_grid(budgets: list[float], shapes: list[Shape], per_budget: int, spr
     Fewer are taken where fewer fit; under 4 raise BadInput. Tokens are whole steps.
     """
     require("spread", spread, 1.0001, 1e6)
+    require("budgets given", len(budgets), 1, 1000)
     for budget in budgets:
         require("budget", budget, 1e6, 1e30)
     return [cell for budget in budgets

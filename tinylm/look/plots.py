@@ -103,7 +103,7 @@ def frontier(study: Study) -> Figure:
 def rates(study: Study) -> Figure:
     """Draw the rate check: loss above each size's best over the learning rate."""
     figure, ax = _axes("learning rate (at width 64)", "loss above the best (nats per token)")
-    verdicts = study.part("tuning.json")
+    verdicts = study.part("tuning.json")["sizes"]
     for n, v in enumerate(verdicts):
         kept = [(r, x) for r, x in zip(v["rates"], v["losses"], strict=True) if x is not None]
         r, x = np.array(kept).T if kept else np.zeros((2, 0))

@@ -117,7 +117,7 @@ def chat(study: Study) -> str:
     """Say what instruction tuning changed, in loss and in behaviour."""
     before, after = study.record("target")["loss"], study.record("chat")
     answers = after["answers_nats_per_token"]
-    ends = {m: [s["ended"] for s in study.part("samples.json") if s["model"] == m]
+    ends = {m: [s["ended"] for s in study.part("samples.json")["samples"] if s["model"] == m]
             for m in ("base", "chat")}
     share = {m: f"{sum(e)} of {len(e)}" for m, e in ends.items()}
     return table(("held out", "base", "chat"), [

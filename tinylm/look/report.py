@@ -35,7 +35,7 @@ def warnings(study: Study) -> str:
     """List what a reader must know before trusting the numbers."""
     runs = [r for kind in KINDS for r in study.records(kind)]
     found = [f"at width {v['width']} the best rate, {v['best']:.2e}, is the edge of the range "
-             "checked, so the rate rule may be off" for v in study.optional("tuning.json", [])
+             "checked, so the rate rule may be off" for v in study.tuning()
              if v["at_edge"]]
     found += [f"no minimum at {scientific(m['flops'])} FLOPs: {m['reason']}"
               for m in study.optional("law.json", {"minima": []})["minima"] if not m["bracketed"]]
@@ -132,7 +132,7 @@ def baselines(study: Study) -> str:
 
 def rates(study: Study) -> str:
     """Show the rate check."""
-    if not study.optional("tuning.json", []):
+    if not study.tuning():
         return p("This study checked no learning rates: it trusts its rate rule, and a wrong one "
                  "would bend the law.")
     return page.figure(plots.svg(plots.rates(study)),
@@ -167,7 +167,8 @@ def frontier(study: Study) -> str:
 
 def samples(study: Study) -> str:
     """Lay the first samples of both models side by side."""
-    pair = [[s for s in study.part("samples.json") if s["model"] == m] for m in ("base", "chat")]
+    found = study.part("samples.json")["samples"]
+    pair = [[s for s in found if s["model"] == m] for m in ("base", "chat")]
     rows = [(b["prompt"], *(s["text"] + (" ∎" if s["ended"] else " …") for s in (b, c)))
             for b, c in zip(*pair, strict=False)]
     return p("All samples of a fixed list of prompts, in order: nobody picked. ∎ ends a turn, … "

@@ -36,6 +36,10 @@ class Study:
         """Read one JSON file, or give `absent` where the study has none."""
         return self.part(name) if (self.folder / name).exists() else absent
 
+    def tuning(self) -> list[dict[str, Any]]:
+        """Read the rate check, a verdict a size; empty where the study made none."""
+        return self.optional("tuning.json", {"sizes": []})["sizes"]
+
     def records(self, kind: str) -> list[Record]:
         """Read the records of a list of runs (sweep, tuning, position), least compute first."""
         return run.table(p.parent for p in sorted((self.folder / kind).glob("*/record.json")))

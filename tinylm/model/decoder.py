@@ -65,7 +65,8 @@ class ModelConfig:
             either = f"D={low} or D={low + self.H}" if low else f"D={self.H}"
             raise BadInput(f"D={self.D} is not a multiple of H={self.H}; choose {either}")
         if self.head_width % 2:
-            raise BadInput(f"head width {self.head_width} is odd; rotation needs an even one")
+            raise BadInput(f"head width K={self.head_width} is odd and rotation needs an even one; "
+                           f"choose D={(self.head_width + 1) * self.H} or another K")
         if self.H % self.groups:
             raise BadInput(f"H={self.H} is not a multiple of G={self.G}; choose a divisor of H")
 

@@ -67,16 +67,12 @@ def sft(
     """
     folder = Path(folder)
     with files.lease(folder):
+        if run.planned(folder) is None:  # refuse before anything of the run is written
+            check(config, train, held, plan)
         plan = run.settle(folder, config, "sft", plan, data.folder.parent)
         if (done := run.record(folder)) is not None:
             return done
-        if (wanted := conversations_id(train, held)) != config.data_id:
-            raise BadInput(f"the config is for conversations {config.data_id!r}, these are "
-                           f"{wanted}; give those or a new folder")
-        step.check_rows(config.rows, plan.devices, plan.micro)
-        if not len(train.tokens) or not len(held.tokens):
-            raise BadInput(f"{len(train.tokens)} training and {len(held.tokens)} held-out rows of "
-                           "conversations; bring conversations with user and assistant turns")
+        check(config, train, held, plan)
         model, mesh = config.model, machine.mesh(plan.devices)
         tx = optim.adamw(config.optim, model)
         before = load_params(parent, model)
@@ -104,6 +100,17 @@ def sft(
                           epochs=config.steps * config.rows / len(train.tokens), loss=scored,
                           answers_nats_per_token=answers if finite else None,
                           flops={"exact": flops_per_token(model.shape) * tokens, "six_nd": None})
+
+
+def check(config: SftConfig, train: Packed, held: Packed, plan: machine.Plan) -> None:
+    """Refuse what cannot be tuned, before anything is compiled."""
+    if (wanted := conversations_id(train, held)) != config.data_id:
+        raise BadInput(f"the config is for conversations {config.data_id!r}, these are "
+                       f"{wanted}; give those or a new folder")
+    step.check_rows(config.rows, plan.devices, plan.micro)
+    if not len(train.tokens) or not len(held.tokens):
+        raise BadInput(f"{len(train.tokens)} training and {len(held.tokens)} held-out rows of "
+                       "conversations; bring conversations with user and assistant turns")
 
 
 def pack_corpus(documents: list[Document], tokenizer: Tokenizer, T: int) -> Packed:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from tinylm.config import require
 from tinylm.model.decoder import ModelConfig
 from tinylm.train.optim import OptimConfig
 
@@ -20,6 +21,11 @@ class RateRule:
     """tokens of the run that lr0 was tuned on"""
     horizon: float = 0.1
     """exponent by which longer runs want smaller rates"""
+
+    def __post_init__(self):
+        require("lr0", self.lr0, 1e-9, 1e3)
+        require("tokens0", self.tokens0, 1, 1e30)
+        require("horizon", self.horizon, -2, 2)
 
     def __call__(self, tokens: float) -> float:
         """Give the rate for a run of that many tokens."""

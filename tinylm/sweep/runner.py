@@ -1,6 +1,6 @@
 """Run a list of configs over long-lived workers; finished runs are skipped, faults are rows.
 
-sweep.json (runs, plan, workers) is written before the first step; the same call goes on later.
+sweep.json (runs, plans, workers) is written before the first step; the same call goes on later.
 """
 
 import dataclasses
@@ -90,10 +90,10 @@ def _settle(folder: Path, wanted: dict[str, PretrainConfig]) -> dict[str, Any]:
                            "or choose a new folder")
         return listed
     backend, count = machine.survey()
-    workers = len(machine.cores()) if backend == "cpu" else 1
-    rows = next(iter(wanted.values())).rows
-    plan = machine.Plan() if backend == "cpu" else machine.plan_for(rows, backend, count)
-    listed = {"plan": dataclasses.asdict(plan), "workers": workers, "runs": runs}
+    workers, each = (count, 1) if backend == "cpu" else (1, count)
+    plans = {n: dataclasses.asdict(machine.plan_for(c.rows, c.model.T, c.model.D, backend, each))
+             for n, c in wanted.items()}
+    listed = {"workers": workers, "plans": plans, "runs": runs}
     files.write_json(place, listed)
     return listed
 

@@ -25,25 +25,25 @@ def main(argv: list[str]) -> int:
     """Work until every run is finished, failed or held by another worker."""
     folder, data_folder, index, skip = Path(argv[0]), Path(argv[1]), int(argv[2]), argv[3:]
     listed = files.read_json(folder / "sweep.json")
-    plan = from_json(machine.Plan, listed["plan"], "sweep.json plan")
     available = machine.cores()
     mine = (available[index % len(available)],) if listed["workers"] > 1 else ()
-    machine.pin(plan.devices, mine)
-    return _work(folder, data_folder, listed["runs"], plan, skip)
+    machine.pin(max(p["devices"] for p in listed["plans"].values()), mine)
+    return _work(folder, data_folder, listed, skip)
 
 
-def _work(folder: Path, data_folder: Path, runs: dict, plan: machine.Plan, skip: list[str]) -> int:
+def _work(folder: Path, data_folder: Path, listed: dict[str, Any], skip: list[str]) -> int:
     from tinylm.stages.pretrain import PretrainConfig
     from tinylm.text.shards import open_dataset
     from tinylm.train import run
 
     threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
-    data = open_dataset(data_folder)
+    data, runs = open_dataset(data_folder), listed["runs"]
     owned, patience = list(runs), PATIENCE
     while owned and patience:
         for name in owned:
             if name not in skip and run.record(folder / name) is None:
-                code = _one(folder / name, from_json(PretrainConfig, runs[name], name), data, plan)
+                code = _one(folder / name, from_json(PretrainConfig, runs[name], name), data,
+                            from_json(machine.Plan, listed["plans"][name], name))
                 if code:
                     return code
         left = [n for n in owned if n not in skip and run.record(folder / n) is None

@@ -1,6 +1,7 @@
 """Text in: the default corpus or any files, as documents in a fixed order with a held-out split."""
 
 import bz2
+import codecs
 import gzip
 import importlib.util
 import itertools
@@ -222,8 +223,8 @@ def _of_files(paths: Sequence[str | Path], field: str) -> list[tuple[str, list[D
 
 
 def _suffix(path: Path) -> str:
-    packed = path.suffix in OPENERS
-    kind = Path(path.stem).suffix if packed else path.suffix
+    packed = path.suffix.lower() in OPENERS
+    kind = (Path(path.stem).suffix if packed else path.suffix).lower()
     if kind not in (".txt", ".jsonl", ".parquet") or packed and kind == ".parquet":
         raise BadInput(f"{path} ends in {''.join(path.suffixes) or 'nothing'}; "
                        f"supported are {SUPPORTED}")
@@ -235,14 +236,16 @@ def _text(path: Path) -> str:
         data = path.read_bytes()
     except OSError as bad:
         raise BadInput(f"{path} cannot be read ({bad.strerror}); check its name") from None
-    if path.suffix in OPENERS:
+    if (packing := path.suffix.lower()) in OPENERS:
         try:
-            data = OPENERS[path.suffix](data)
+            data = OPENERS[packing](data)
         except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as bad:
             raise BadInput(f"{path} is not a whole {path.suffix} file ({bad}); "
                            "rename or download it again") from None
     if not data.strip():
         raise BadInput(f"{path} is empty or white space only; give a file with text")
+    if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        raise BadInput(f"{path} is UTF-16; convert it, for example with iconv -f UTF-16 -t UTF-8")
     if b"\0" in data:
         raise BadInput(f"{path} has a NUL byte at offset {data.index(0)}, so it is binary; "
                        "give UTF-8 text")

@@ -133,7 +133,7 @@ class Tokenizer:
         files.write_bytes(Path(folder) / "tokenizer.model", self._model)
         files.write_json(Path(folder) / "tokenizer.json", {
             "schema": 1, "id": self.id, "V": self.V, "control": list(CONTROL),
-            "sha256": files.sha256_of(self._model)})
+            "model_sha256": files.sha256_of(self._model)})
 
     def _encode_safe(self, text: str) -> np.ndarray:
         found = np.asarray(self._spm.encode(text, out_type="numpy"))
@@ -191,7 +191,7 @@ def load(folder: Path) -> Tokenizer:
     facts, path = files.read_json(folder / "tokenizer.json"), folder / "tokenizer.model"
     try:
         model = path.read_bytes()
-        if files.sha256_of(model) != facts["sha256"]:
+        if files.sha256_of(model) != facts["model_sha256"]:
             raise ValueError("its sha256 is not the one in tokenizer.json")
         tokenizer = Tokenizer(model)
         kept = (facts["id"], facts["V"], facts["control"])

@@ -45,7 +45,7 @@ def train(
     saves, log = Path(folder) / "checkpoints", Path(folder) / "metrics.jsonl"
     found = checkpoint.newest(saves, replicate(mesh, state), _say)
     state, size = (found[0], found[1]["metrics_bytes"]) if found else (replicate(mesh, state), 0)
-    files.truncate(log, size)
+    files.truncate(log, size, found[1]["metrics_sha256"] if found else "")
     done, saved, finite = int(state.step), int(state.step), True
     pending: tuple[int, int, Metrics] | None = None
     clock = Clock(Path(folder) / "timing.jsonl")
@@ -63,7 +63,7 @@ def train(
 
     def save() -> None:
         nonlocal saved
-        checkpoint.save(saves, state, metrics_bytes=size)
+        checkpoint.save(saves, state, metrics_bytes=size, metrics_sha256=files.sha256(log))
         checkpoint.keep_last(saves, 2)
         saved = done
 
