@@ -14,10 +14,11 @@ from tinylm.config import to_json
 from tinylm.evaluate.heldout import eval_id
 from tinylm.laws import forecast, isoflop
 from tinylm.look import report
+from tinylm.look.study import Study
 from tinylm.model.decoder import ModelConfig, init
 from tinylm.sweep import law
 from tinylm.text import corpora, prepare
-from tinylm.train import checkpoint
+from tinylm.train import checkpoint, loop
 from tinylm.train.step import State
 
 A, GAMMA, GROWTH = 20.0, 0.07, 0.45
@@ -70,6 +71,8 @@ def fake(folder) -> None:
     target = record("target", 3e3 * 20**GROWTH, 2e10, model, test)
     target["config"]["forecast_sha256"] = sha
     files.write_json(folder / "target/record.json", target)
+    with loop.Clock(folder / "target") as clock, clock.doing("input"):
+        pass
     params = init(model, jax.random.key(0))
     checkpoint.save(folder / "target/checkpoints", State(params, {}, {}, np.int32(1)))
     files.write_json(folder / "score.json",
@@ -210,3 +213,14 @@ def test_warnings_come_first_and_name_what_is_wrong(study):
                   "2 versions of the code", "lost failed: out of memory"):
         assert words in warned
     assert "lies inside the range at 0 of 1 sizes" in page and "refused minima: 1 (hollow)" in page
+
+
+def test_the_report_says_where_the_time_went(study):
+    row = '{"first_step": 0, "last_step": 9, "start_seconds": 1.0, "input_seconds": 0.5, ' \
+          '"compute_seconds": 6.5, "save_seconds": 1.5, "evaluate_seconds": 0.5, ' \
+          '"wall_seconds": 10.0}'
+    for name in ("run10.4", "run10.7"):
+        files.append_lines(study / f"sweep/{name}/timing.jsonl", [row])
+    found = report.times(Study(study))
+    assert "<td>20</td><td>10.0%</td><td>5.0%</td><td>65.0%</td><td>15.0%</td>" in re.sub(
+        r"<td[^>]*>", "<td>", found)

@@ -28,7 +28,7 @@ def ragged(rows: int, seed: int = 0) -> Batch:
 
 def begun(config: ModelConfig = SMALL, lr: float = 1e-2):
     settings = optim.OptimConfig(lr=lr)
-    tx = optim.adamw(settings, config)
+    tx = optim.optimiser(settings, config)
     return step.start(init(config, jax.random.key(0)), tx, optim.hyper(settings, 10)), tx
 
 
@@ -104,7 +104,7 @@ def test_hidden_matrices_learn_in_inverse_proportion_to_width_and_gains_do_not()
     for width in (16, 64):
         config = ModelConfig(V=64, D=width, L=1, H=1, T=16)
         settings = optim.OptimConfig(lr=1e-2, warmup=0.0)
-        tx = optim.adamw(settings, config)
+        tx = optim.optimiser(settings, config)
         params = init(config, jax.random.key(0))
         updates, _ = jax.jit(lambda p, tx=tx, settings=settings: tx.update(
             jax.tree.map(jnp.ones_like, p), tx.init(p), p, hyper=optim.hyper(settings, 10),
@@ -115,10 +115,29 @@ def test_hidden_matrices_learn_in_inverse_proportion_to_width_and_gains_do_not()
     np.testing.assert_allclose(moved[16]["gain"] / moved[64]["gain"], 1.0, rtol=1e-5)
 
 
+def test_muon_turns_every_layers_matrix_into_one_with_equal_singular_values():
+    config = ModelConfig(V=64, D=16, L=2, H=2, T=16)
+    settings = optim.OptimConfig(kind="muon", lr=1e-2, warmup=0.0)
+    tx, params = optim.optimiser(settings, config), init(config, jax.random.key(0))
+    slopes = jax.tree.map(lambda p: jax.random.normal(jax.random.key(1), p.shape), params)
+    moved = jax.jit(lambda g, p: tx.update(g, tx.init(p), p, hyper=optim.hyper(settings, 10),
+                                           step=jnp.int32(1))[0])(slopes, params)
+    layers = moved["layers"]
+    for update, inputs in ((layers["self_attn"]["q_proj"], 16), (layers["mlp"]["down_proj"], 48),
+                           (layers["self_attn"]["o_proj"], 16)):
+        for one in np.asarray(update).reshape(2, inputs, -1):
+            size = np.linalg.svd(one, compute_uv=False) / (1.6e-2)
+            assert size.min() > 0.5 and size.max() < 1.3
+    adamw = optim.optimiser(optim.OptimConfig(lr=1e-2, warmup=0.0), config)
+    plain = jax.jit(lambda g, p: adamw.update(g, adamw.init(p), p, hyper=optim.hyper(settings, 10),
+                                              step=jnp.int32(1))[0])(slopes, params)
+    np.testing.assert_allclose(moved["embed_tokens"]["weight"], plain["embed_tokens"]["weight"])
+
+
 def test_weight_decay_goes_to_matrices_by_path():
     config = ModelConfig(V=64, D=16, L=1, H=1, T=16)
     settings = optim.OptimConfig(lr=1e-2, weight_decay=0.5)
-    tx, params = optim.adamw(settings, config), init(config, jax.random.key(0))
+    tx, params = optim.optimiser(settings, config), init(config, jax.random.key(0))
     zeros = jax.tree.map(jnp.zeros_like, params)
     updates, _ = tx.update(zeros, tx.init(params), params, hyper=optim.hyper(settings, 10),
                            step=jnp.int32(1))

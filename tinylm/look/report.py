@@ -18,6 +18,7 @@ from tinylm.text import prepare, shards
 from tinylm.train import run
 
 KINDS = ("sweep", "tuning", "position", ".")  # folders of runs; target and chat lie at the top
+SPENT = ("wall", "start", "input", "compute", "save", "evaluate")
 PIECES = 90  # tokens of held-out text shown in colours
 WORDS = 12  # long words shown in pieces
 
@@ -193,10 +194,25 @@ def every_run(study: Study) -> str:
         rows.append((r["flops"]["exact"], name, f"{params:,.0f}" if size else "",
                      f"{r['tokens']:,}", f"{r['tokens'] / params:.1f}" if size else "",
                      scientific(r["flops"]["exact"]), f"{r['config']['optim']['lr']:.2e}", *cells,
-                     f"{r['epochs']:.2f}", study.seconds(name)))
+                     f"{r['epochs']:.2f}", f"{study.seconds(name, 'wall'):.1f}"))
     return table(("run", "params", "tokens", "tokens per param", "FLOPs", "learning rate",
                   "nats per token", "bits per byte", "standard error (nats)", "epochs", "seconds"),
                  [row[1:] for row in sorted(rows)], "seconds of wall time, compilation included")
+
+
+def times(study: Study) -> str:
+    """Say what the processes of each list of runs spent their wall time on."""
+    rows = []
+    for name, places in (("tuning", "tuning/*"), ("position", "position/*"), ("sweep", "sweep/*"),
+                         ("held-out run", "target"), ("chat", "chat")):
+        found = [str(q.parent.relative_to(study.folder))
+                 for q in study.folder.glob(f"{places}/timing.jsonl")]
+        spent = {k: sum(study.seconds(place, k) for place in found) for k in SPENT}
+        if spent["wall"]:
+            rows.append((name, f"{spent['wall']:.0f}",
+                         *(f"{spent[k] / spent['wall']:.1%}" for k in SPENT[1:])))
+    return table(("runs", "seconds", *SPENT[1:]), rows, "seconds of all processes together; start "
+                 "is restoring, initialising and compiling")
 
 
 def measured(study: Study) -> str:
@@ -225,5 +241,5 @@ SECTIONS: dict[str, list[Any]] = {
     "Forecast and outcome": [warnings, headline, growth], "The text and its tokens": [text],
     "Baselines and transformers": [baselines], "Learning rates": [rates],
     "Loss at equal compute": [isoflops], "The frontier and the forecast": [frontier],
-    "Samples": [samples], "Five questions": [questions], "All runs": [every_run],
+    "Samples": [samples], "Five questions": [questions], "All runs": [every_run, times],
     "How this was measured": [measured]}

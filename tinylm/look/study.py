@@ -81,7 +81,7 @@ class Study:
                for order, t in kept["tables"].items()]
         return sorted(out, key=lambda level: -level.nats)
 
-    def seconds(self, place: str) -> str:
-        """Sum the wall seconds of every process that worked on a run; empty if none is noted."""
+    def seconds(self, place: str, kind: str) -> float:
+        """Sum a kind of seconds over every process that worked on a run (see loop.Clock)."""
         rows = files.read_lines(self.folder / place / "timing.jsonl")
-        return f"{sum(r['wall_seconds'] for r in rows):.1f}" if rows else ""
+        return sum(r[f"{kind}_seconds"] for r in rows)

@@ -7,10 +7,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 from tinylm.model.embedding import RMSNorm, Rotation, param, rotate
+
+LONG, BLOCKS = 256, 4
+"""from LONG queries on, attention skips masked keys by BLOCKS"""
 
 
 class KeyValue(NamedTuple):
@@ -63,7 +67,23 @@ def attend(
     v: Float[Array, "B S G K"],
     visible: Bool[ArrayLike, "#B T S"],
 ) -> Float[Array, "B T H K"]:
-    """Mix values by `weigh`; query head h reads key head h // (H / G)."""
+    """Mix values by `weigh`; query head h reads key head h // (H / G).
+
+    Where it is known beforehand what is visible, a long sequence is taken in BLOCKS of queries,
+    each with the keys that any of them may see: what is masked for all is not computed.
+    """
+    T = q.shape[1]
+    if not isinstance(visible, np.ndarray) or T < LONG:
+        return _mix(q, k, v, visible)
+    parts = []
+    for rows in np.array_split(np.arange(T), BLOCKS):
+        here = visible[:, rows]
+        seen = int(np.flatnonzero(here.any(axis=(0, 1))).max()) + 1
+        parts.append(_mix(q[:, rows[0]:rows[-1] + 1], k[:, :seen], v[:, :seen], here[..., :seen]))
+    return jnp.concatenate(parts, axis=1)
+
+
+def _mix(q, k, v, visible):
     B, T, H, K = q.shape
     v_BGSK = v.transpose(0, 2, 1, 3)
     mixed_BGJTK = jnp.einsum("bgjts,bgsk->bgjtk", weigh(q, k, visible).astype(v.dtype), v_BGSK)

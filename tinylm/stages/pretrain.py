@@ -101,14 +101,17 @@ def pretrain(
             print(f"{folder.name}: {epochs:.2f} epochs of the training split", file=sys.stderr)
         model, mesh = config.model, machine.mesh(plan.devices)
         begin, chunk = _program(model, config.optim.program, plan)
-        state = begin(jax.random.key(config.seed), optim.hyper(config.optim, config.steps))
 
         def batch_at(t: int) -> batch.Batch:
             return batch.batch(data.train, config.seed, t, config.rows, model.T)
 
-        state, finite = loop.train(folder, state, chunk, batch_at, config.steps, config.batch,
-                                   plan, mesh, event)
-        scored = heldout(model, state.params, data)._asdict() if finite else None
+        with loop.Clock(folder) as clock:
+            with clock.doing("start"):
+                state = begin(jax.random.key(config.seed), optim.hyper(config.optim, config.steps))
+            state, finite = loop.train(folder, state, chunk, batch_at, config.steps, config.batch,
+                                       plan, mesh, clock, event)
+            with clock.doing("evaluate"):
+                scored = heldout(model, state.params, data)._asdict() if finite else None
         return run.finish(folder, config, "pretrain", "ok" if finite else "diverged", parent=None,
                           tokenizer_id=data.tokenizer_id, data_id=data.id,
                           eval_id=eval_id(data, model.T), seed=config.seed, params=counts(model),
@@ -129,7 +132,7 @@ def counts(model: ModelConfig) -> dict[str, int]:
 @functools.cache
 def _program(model: ModelConfig, fixed: optim.OptimConfig, plan: machine.Plan):
     """Build the compiled start and chunk that all runs of one shape share."""
-    mesh, tx = machine.mesh(plan.devices), optim.adamw(fixed, model)
+    mesh, tx = machine.mesh(plan.devices), optim.optimiser(fixed, model)
     loss = losses.next_token(model, fixed.z_loss, plan.unroll)
     begin = jax.jit(lambda key, hyper: step.start(init(model, key), tx, hyper))
     return begin, step.make_chunk(step.make_step(loss, tx, mesh, plan.micro))

@@ -74,7 +74,7 @@ def sft(
             return done
         check(config, train, held, plan)
         model, mesh = config.model, machine.mesh(plan.devices)
-        tx = optim.adamw(config.optim, model)
+        tx = optim.optimiser(config.optim, model)
         before = load_params(parent, model)
         state = step.start(before, tx, optim.hyper(config.optim, config.steps))
         loss = losses.next_token(model, config.optim.z_loss, plan.unroll)
@@ -87,12 +87,15 @@ def sft(
                              for e, i in zip(epoch, inside, strict=True)])
             return batch.Batch(train.tokens[rows], train.mask[rows], train.segments[rows])
 
-        start = answers_nll(model, before, held)
-        state, finite = loop.train(folder, state, chunk, batch_at, config.steps,
-                                   config.rows * model.T, plan, mesh, event)
         tokens = config.steps * config.rows * model.T
-        scored = heldout(model, state.params, data)._asdict() if finite else None
-        answers = {"before": start, "after": answers_nll(model, state.params, held)}
+        with loop.Clock(folder) as clock:
+            with clock.doing("evaluate"):
+                answers = {"before": answers_nll(model, before, held)}
+            state, finite = loop.train(folder, state, chunk, batch_at, config.steps,
+                                       config.rows * model.T, plan, mesh, clock, event)
+            with clock.doing("evaluate"):
+                scored = heldout(model, state.params, data)._asdict() if finite else None
+                answers["after"] = answers_nll(model, state.params, held)
         return run.finish(folder, config, "sft", "ok" if finite else "diverged",
                           parent={"id": config.parent, "step": "final"}, data_id=config.data_id,
                           tokenizer_id=data.tokenizer_id, eval_id=eval_id(data, model.T),

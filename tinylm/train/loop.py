@@ -35,6 +35,7 @@ def train(
     tokens_a_step: int,
     plan: Plan,
     mesh: jax.sharding.Mesh,
+    clock: "Clock",
     event: Event | None = None,
 ) -> tuple[State, bool]:
     """Run to `steps` from the newest checkpoint or `state`; return the state and if it is finite.
@@ -43,12 +44,14 @@ def train(
     Raises Stopped after a signal, once the state is saved.
     """
     saves, log = Path(folder) / "checkpoints", Path(folder) / "metrics.jsonl"
-    found = checkpoint.newest(saves, replicate(mesh, state), _say)
-    state, size = (found[0], found[1]["metrics_bytes"]) if found else (replicate(mesh, state), 0)
-    files.truncate(log, size, found[1]["metrics_sha256"] if found else "")
+    with clock.doing("start"):
+        state, facts = checkpoint.newest(saves, replicate(mesh, state), _say) or (
+            replicate(mesh, state), {"metrics_bytes": 0, "metrics_sha256": ""})
+    size = facts["metrics_bytes"]
+    files.truncate(log, size, facts["metrics_sha256"])
     done, saved, finite = int(state.step), int(state.step), True
     pending: tuple[int, int, Metrics] | None = None
-    clock = Clock(Path(folder) / "timing.jsonl")
+    clock.first_step = done
 
     def settle() -> bool:
         nonlocal pending, size
@@ -63,18 +66,21 @@ def train(
 
     def save() -> None:
         nonlocal saved
-        checkpoint.save(saves, state, metrics_bytes=size, metrics_sha256=files.sha256(log))
-        checkpoint.keep_last(saves, 2)
+        with clock.doing("save"):
+            checkpoint.save(saves, state, metrics_bytes=size, metrics_sha256=files.sha256(log))
+            checkpoint.keep_last(saves, 2)
         saved = done
 
     with _signals() as stop:
         while done < steps and finite:
             n = min(plan.chunk, steps - done)
-            batches = _stack([batch_at(done + i) for i in range(n)], plan.chunk)
-            state, metrics = chunk(state, place(mesh, batches), n)
+            with clock.doing("input"):
+                batches = place(mesh, _stack([batch_at(done + i) for i in range(n)], plan.chunk))
+            with clock.doing("start" if done == clock.first_step else "compute"):
+                state, metrics = chunk(state, batches, n)
             finite = settle()
             pending, done = (done, n, metrics), done + n
-            clock.tick(done)
+            clock.last_step = done
             if stop() and done < steps:
                 finite = settle() and finite
                 save()
@@ -87,28 +93,37 @@ def train(
         if finite and saved < steps:
             save()
         checkpoint.keep_last(saves, 1)
-    clock.close(done)
     return state, finite
 
 
 class Clock:
-    """Rows of timing.jsonl: wall seconds of every process that worked on the run."""
+    """One row of timing.jsonl: where the wall time of a process that worked on a run went.
 
-    def __init__(self, path: Path):
-        self.path, self.began, self.first = path, time.perf_counter(), None
+    Seconds of start (restore, initialise, compile), input, save and evaluate; the rest of the
+    wall time was computing.
+    """
 
-    def tick(self, done: int) -> None:
-        """Note when the first chunk, which compiles, had been sent."""
-        if self.first is None:
-            self.first = (done, time.perf_counter() - self.began)
+    def __init__(self, folder: Path):
+        self.path, self.began = Path(folder) / "timing.jsonl", time.perf_counter()
+        self.spent = {"start": 0.0, "input": 0.0, "compute": 0.0, "save": 0.0, "evaluate": 0.0}
+        self.first_step = self.last_step = 0
 
-    def close(self, done: int) -> None:
-        """Append this process's row."""
-        if self.first is None:
-            return
-        row = {"first_step": self.first[0], "first_chunk_seconds": round(self.first[1], 3),
-               "last_step": done, "wall_seconds": round(time.perf_counter() - self.began, 3)}
-        files.append_lines(self.path, [json.dumps(row)])
+    @contextlib.contextmanager
+    def doing(self, what: str) -> Iterator[None]:
+        """Count the time inside as spent on one of those."""
+        began = time.perf_counter()
+        yield
+        self.spent[what] += time.perf_counter() - began
+
+    def __enter__(self) -> "Clock":
+        return self
+
+    def __exit__(self, *fault: Any) -> None:
+        wall = time.perf_counter() - self.began
+        self.spent["compute"] = wall - sum(v for k, v in self.spent.items() if k != "compute")
+        row = {f"{k}_seconds": round(v, 3) for k, v in {**self.spent, "wall": wall}.items()}
+        files.append_lines(self.path, [json.dumps({
+            "first_step": self.first_step, "last_step": self.last_step, **row})])
 
 
 def _row(metrics: Metrics, first: int, n: int, tokens_a_step: int) -> dict[str, Any]:

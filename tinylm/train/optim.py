@@ -1,18 +1,23 @@
-"""AdamW with warmup-stable-decay rates that are width-aware; what may vary in a sweep is an array.
+"""AdamW or Muon, width-aware, warmup-stable-decay; what may vary in a sweep is an array.
 
 Rates follow muP for Adam (2203.03466): a matrix whose fan-in is the width learns at lr * 64 / D,
 gains and tables at lr; so `lr` is always the rate of a model of width 64. From width 8 to
 160 the best rate then stays within a factor 2 (experiments/results/lr_by_width.json). Weight
 decay goes by path.
+
+Muon (optax.contrib) takes the blocks' matrices: its update has all singular values near 1, times
+1.6 sqrt(max(1, out / in)), which at width 64 is about AdamW's size and needs no factor of width.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 from jaxtyping import Array, Float
 
 from tinylm.config import require
@@ -24,8 +29,10 @@ WIDTH = 64
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW, its schedule and its guards."""
+    """The optimiser, its schedule and its guards."""
 
+    kind: Literal["adamw", "muon"] = "adamw"
+    """muon: orthogonalised momentum for the blocks' matrices, AdamW for the rest"""
     lr: float = 4e-3
     """peak learning rate of a model of width 64"""
     beta1: float = 0.9
@@ -81,22 +88,24 @@ def rate(h: Hyper, step: Array) -> Float[Array, ""]:
     return h.lr * jnp.clip(jnp.minimum(up, down), 0.0, 1.0)
 
 
-def adamw(config: OptimConfig, model: ModelConfig) -> optax.GradientTransformationExtraArgs:
+def optimiser(config: OptimConfig, model: ModelConfig) -> optax.GradientTransformationExtraArgs:
     """Build the transformation; `update` takes `hyper` and `step` as extra arguments."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip),
-        optax.scale_by_adam(config.beta1, config.beta2, eps=1e-8),
-        _decay_and_rate(model),
-    )
+    direction = optax.scale_by_adam(config.beta1, config.beta2, eps=1e-8)
+    if config.kind == "muon":
+        direction = optax.partition(
+            {"adamw": direction,
+             "muon": optax.contrib.scale_by_muon(weight_dimension_numbers=_axes)}, _kinds)
+    return optax.chain(optax.clip_by_global_norm(config.clip), direction,
+                       _decay_and_rate(config.kind, model))
 
 
-def _decay_and_rate(model: ModelConfig) -> optax.GradientTransformationExtraArgs:
+def _decay_and_rate(kind: str, model: ModelConfig) -> optax.GradientTransformationExtraArgs:
     def update(updates, state, params, *, hyper: Hyper, step: Array):
         lr = rate(hyper, step)
 
         def one(path: tuple, u: Array, p: Array) -> Array:
             decay = hyper.weight_decay if _decays(path) else 0.0
-            return -lr * _width_factor(path, model) * (u + decay * p)
+            return -lr * _factor(path, p.shape, kind, model) * (u + decay * p)
 
         return jax.tree_util.tree_map_with_path(one, updates, params), state
 
@@ -111,8 +120,26 @@ def _decays(path: tuple) -> bool:
     return _names(path)[-1].endswith("_proj")
 
 
-def _width_factor(path: tuple, model: ModelConfig) -> float:
+def _kinds(params: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: "muon" if _decays(path) else "adamw", params)
+
+
+def _axes(params: Any) -> Any:
+    """Say which axes of a stacked matrix are its inputs and its outputs."""
+    def one(path: tuple, p: Array) -> optax.contrib.MuonDimensionNumbers:
+        inputs = (1, 2) if _names(path)[-1] == "o_proj" else (1,)
+        outputs = tuple(range(1 + len(inputs), p.ndim))
+        return optax.contrib.MuonDimensionNumbers(inputs, outputs)
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def _factor(path: tuple, shape: tuple[int, ...], kind: str, model: ModelConfig) -> float:
     names: Any = _names(path)
+    if kind == "muon" and _decays(path):
+        inputs = math.prod(shape[1:-1]) if names[-1] == "o_proj" else shape[1]
+        return 1.6 * math.sqrt(max(1.0, math.prod(shape[1:]) / inputs**2))
     hidden = names[-1].endswith("_proj") or names[0] == "lm_head"
     as_head = names[0] == "embed_tokens" and model.kind == "transformer" and model.tied
     return WIDTH / model.D if hidden or as_head else 1.0
