@@ -139,8 +139,8 @@ def test_weight_decay_goes_to_matrices_by_path():
     settings = optim.OptimConfig(lr=1e-2, weight_decay=0.5)
     tx, params = optim.optimiser(settings, config), init(config, jax.random.key(0))
     zeros = jax.tree.map(jnp.zeros_like, params)
-    updates, _ = tx.update(zeros, tx.init(params), params, hyper=optim.hyper(settings, 10),
-                           step=jnp.int32(1))
+    updates, _ = jax.jit(lambda p: tx.update(zeros, tx.init(p), p, step=jnp.int32(1),
+                                             hyper=optim.hyper(settings, 10)))(params)
     changed = {jax.tree_util.keystr(path): bool(jnp.any(u != 0))
                for path, u in jax.tree_util.tree_leaves_with_path(updates)}
     for path, moved in changed.items():

@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from tyro.conf import Positional
@@ -278,6 +278,30 @@ def chat(target: Positional[Path], prompt: str = "", system: str = "", seed: int
         said.append(("assistant", answer))
 
 
+def bench(what: Positional[Literal["machine", "train", "decode"]],
+          shapes: tuple[str, ...] = ("s", "m", "l", "xl"), models: int = 1, rounds: int = 5,
+          json: bool = False) -> None:
+    """Time this machine's matrix products, training or decoding.
+
+    Args:
+        what: machine is the ceiling that the others are held against
+        shapes: s, m, l or xl (tinylm/bench.py)
+        models: for train: 1 model over all devices, or so many pinned processes with one each
+        rounds: the median is over these, taken in turn
+        json: print the record on the last line
+    """
+    from tinylm import bench as timed
+
+    match what:
+        case "machine":
+            found = timed.peak(rounds)
+        case "train":
+            found = timed.train(shapes, models, rounds)
+        case "decode":
+            found = timed.generation(shapes, rounds=rounds)
+    _out(found, json, progress.benched(found))
+
+
 def report(study: Positional[Path]) -> None:
     """Write the report of a study again from its records.
 
@@ -423,4 +447,4 @@ def _out(value: dict[str, Any], as_json: bool, words: str) -> None:
 
 VERBS = {"tokenizer": tokenizer, "train": train, "sweep": sweep, "fit": fit, "forecast": forecast,
          "check": check, "sft": sft, "eval": evaluate, "sample": sample, "chat": chat,
-         "report": report, "verify": verify}
+         "bench": bench, "report": report, "verify": verify}

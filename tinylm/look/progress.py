@@ -161,3 +161,11 @@ def score(s: Score) -> str:
     return (f"forecast {s.predicted:.4f}, measured {s.measured:.4f} nats: error "
             f"{s.error_percent:+.2f}%, {where} the interval; naive slope "
             f"{s.naive_error_percent:+.2f}%")
+
+
+def benched(found: dict[str, Any]) -> str:
+    """Lay a benchmark's medians out in lines."""
+    rates = found.get("tokens_per_second") or found["rates"]
+    unit = "tokens/s" if "tokens_per_second" in found else "GFLOP/s"
+    return "\n".join(f"{name:>28} {r['median']:12,.1f} {unit}  [{r['low']:,.1f}, {r['high']:,.1f}]"
+                     for name, r in rates.items())

@@ -59,14 +59,14 @@ def _prefill(config: ModelConfig, params: Params, rows: Array, begin: Array) -> 
     return Decoding(cache, logits[:, -1], jnp.int32(rows.shape[1]), begin, jnp.zeros(B, bool))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3))
+@functools.partial(jax.jit, static_argnums=(0, 3, 6), static_argnames="ends")
 def decode(
     config: ModelConfig, params: Params, state: Decoding, count: int, key: Array,
-    temperature: Float[Array, ""],
+    temperature: Float[Array, ""], ends: int = CONTROL,
 ) -> tuple[Decoding, Int[Array, "B N"]]:
     """Sample up to `count` tokens a row, 0 after its end; temperature 0 takes the likeliest.
 
-    Ends early when every row has sampled a control id or the context is full.
+    Stops early when every row has sampled an id below `ends` or the context is full.
     """
     model = rebuild(config, params)
     out = jnp.zeros((state.stopped.shape[0], count), jnp.int32)
@@ -82,7 +82,7 @@ def decode(
         token = jnp.where(temperature > 0, drawn, jnp.argmax(state.logits, axis=-1))
         token = jnp.where(state.stopped, 0, token).astype(jnp.int32)
         logits, cache = model.extend(token[:, None], state.cache, state.slot, state.begin)
-        stopped = state.stopped | (token < CONTROL)
+        stopped = state.stopped | (token < ends)
         fresh = Decoding(cache, logits[:, 0], state.slot + 1, state.begin, stopped)
         return fresh, out.at[:, n].set(token), n + 1
 

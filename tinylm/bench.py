@@ -1,0 +1,209 @@
+"""Time the machine and ourselves: warm-up, interleaved rounds, medians, one JSON record each.
+
+Utilisation refers to what `machine` measures: the best rate of a plain matrix product here.
+"""
+
+import functools
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tinylm import machine
+from tinylm.config import BadInput, canonical, from_json, to_json
+from tinylm.laws.accounting import flops_per_token
+from tinylm.model.decoder import ModelConfig, init
+from tinylm.model.generate import decode, prefill
+from tinylm.train import batch, losses, optim, step
+
+SHAPES = {
+    "s": (ModelConfig(V=1024, D=64, L=2, H=2, T=128), 64),
+    "m": (ModelConfig(V=1024, D=128, L=4, H=4, T=256), 32),
+    "l": (ModelConfig(V=4096, D=256, L=6, H=8, T=256), 16),
+    "xl": (ModelConfig(V=4096, D=384, L=6, H=6, T=256), 16),
+}
+"""model and sequences a step: the sizes that our peers were measured at"""
+PRODUCTS = ((128, 64, 1024), (256, 128, 512), (256, 256, 1024), (512, 512, 512), (1024, 1024, 1024))
+
+
+class Rate(NamedTuple):
+    """A median over rounds, and its extremes."""
+
+    median: float
+    low: float
+    high: float
+    rounds: int
+
+
+def interleaved(tasks: dict[str, Callable[[], float]], rounds: int) -> dict[str, Rate]:
+    """Run every task once unmeasured, then `rounds` times in turn; each returns its rate."""
+    for task in tasks.values():
+        task()
+    found: dict[str, list[float]] = {name: [] for name in tasks}
+    for _ in range(rounds):
+        for name, task in tasks.items():
+            found[name].append(task())
+    return {name: Rate(statistics.median(r), min(r), max(r), rounds) for name, r in found.items()}
+
+
+def peak(rounds: int = 5) -> dict[str, Any]:
+    """Measure matrix products (GFLOP/s of one device, by shape and type) and copying (GB/s)."""
+    tasks = {}
+    for m, k, n in PRODUCTS:
+        for dtype in ("float32", "bfloat16"):
+            a, b = jnp.ones((m, k), dtype), jnp.ones((k, n), dtype)
+            tasks[f"{m}x{k}x{n} {dtype}"] = functools.partial(
+                _gflops, jax.jit(_product), (a, b), 2.0 * m * k * n)
+    big = jnp.ones(2**26, jnp.float32)
+    tasks["copy GB/s"] = functools.partial(_gflops, jax.jit(lambda x: x + 1), (big,), 8.0 * 2**26)
+    found = interleaved(tasks, rounds)
+    best = max(r.median for name, r in found.items() if "float32" in name)
+    return {"what": "machine", **_facts(), "best_f32_gflops": best,
+            "rates": {k: r._asdict() for k, r in found.items()}}
+
+
+def train(shapes: tuple[str, ...], models: int = 1, rounds: int = 5,
+          seconds: float = 2.0) -> dict[str, Any]:
+    """Measure training, tokens a second of the whole machine.
+
+    `models` 1: one model over all devices; more: as many pinned processes with a model each.
+    """
+    rates = {}
+    with _Crew(models) as crew:
+        tasks = {name: functools.partial(crew.train, name, seconds) for name in shapes}
+        found = interleaved(tasks, rounds)
+    for name, rate in found.items():
+        config, rows = _shape(name)
+        rates[name] = {**rate._asdict(), "rows": rows, "model": to_json(config),
+                       "gflops": rate.median * flops_per_token(config.shape) / 1e9}
+    return {"what": "train", "models": models, **_facts(), "tokens_per_second": rates}
+
+
+def generation(shapes: tuple[str, ...], batches: tuple[int, ...] = (1, 64),
+               rounds: int = 5) -> dict[str, Any]:
+    """Measure decoding T - 1 tokens from one, tokens a second of one device."""
+    tasks = {f"{name} batch {B}": _decoder(name, B) for name in shapes for B in batches}
+    found = interleaved(tasks, rounds)
+    return {"what": "decode", **_facts(),
+            "tokens_per_second": {k: r._asdict() for k, r in found.items()}}
+
+
+class _Crew:
+    """Processes that train shapes on request: this one alone, or several pinned ones."""
+
+    def __init__(self, models: int):
+        available = machine.cores()
+        if not 1 <= models <= len(available):
+            raise BadInput(f"models={models} is not within 1 to the {len(available)} cores")
+        self.models, self.cores, self.held = models, available, {}
+        self.processes: list[subprocess.Popen] = []
+
+    def __enter__(self) -> "_Crew":
+        if self.models > 1:
+            start = ("from tinylm import machine; machine.pin(1, ({},)); "
+                     "from tinylm import bench; bench.serve()")
+            self.processes = [subprocess.Popen(
+                [sys.executable, "-c", start.format(core)], stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE, text=True) for core in self.cores[:self.models]]
+        return self
+
+    def __exit__(self, *fault: Any) -> None:
+        for process in self.processes:
+            process.stdin.close()
+            process.wait()
+            process.stdout.close()
+
+    def train(self, name: str, seconds: float) -> float:
+        if not self.processes:
+            if name not in self.held:
+                config, rows = _shape(name)
+                self.held[name] = Trainer(config, machine.plan_for(
+                    rows, config.T, config.D, jax.default_backend(), jax.device_count()), rows)
+            return self.held[name].rate(seconds)
+        config, rows = _shape(name)
+        for process in self.processes:
+            process.stdin.write(canonical([to_json(config), rows, seconds]) + "\n")
+            process.stdin.flush()
+        return sum(float(process.stdout.readline()) for process in self.processes)
+
+
+class Trainer:
+    """A compiled step on random tokens, ready to be timed."""
+
+    def __init__(self, config: ModelConfig, plan: machine.Plan, rows: int):
+        settings, self.tokens = optim.OptimConfig(), rows * config.T
+        tx, mesh = optim.optimiser(settings, config), machine.mesh(plan.devices)
+        self.chunk = step.make_chunk(step.make_step(
+            losses.next_token(config, settings.z_loss, plan.unroll), tx, mesh, plan.micro))
+        drawn = np.random.default_rng(0).integers(0, config.V, (4, rows, config.T + 1))
+        self.batches = step.place(mesh, batch.Batch(
+            drawn.astype(np.int32), np.ones((4, rows, config.T), np.float32)))
+        self.state = step.replicate(mesh, step.start(init(config, jax.random.key(0)), tx,
+                                                     optim.hyper(settings, 10**6)))
+
+    def rate(self, seconds: float) -> float:
+        """Train for about that long; give tokens a second."""
+        began, steps = time.perf_counter(), 0
+        while (spent := time.perf_counter() - began) < seconds or not steps:
+            self.state, _ = self.chunk(self.state, self.batches, 4)
+            jax.block_until_ready(self.state)
+            steps += 4
+        return steps * self.tokens / spent
+
+
+def serve() -> None:
+    """Train the shapes given on stdin, one JSON line each, and print tokens a second."""
+    held: dict[str, Trainer] = {}
+    for line in sys.stdin:
+        shape, rows, seconds = json.loads(line)
+        key = canonical(shape)
+        if key not in held:
+            config = from_json(ModelConfig, shape)
+            plan = machine.plan_for(rows, config.T, config.D, "cpu", 1)
+            held[key] = Trainer(config, plan, rows)
+        print(held[key].rate(seconds), flush=True)
+
+
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum("ij,jk->ik", a, b, preferred_element_type=jnp.float32)
+
+
+def _gflops(program: Callable, arguments: tuple, cost: float, seconds: float = 0.1) -> float:
+    jax.block_until_ready(program(*arguments))
+    began, times = time.perf_counter(), 0
+    while (spent := time.perf_counter() - began) < seconds:
+        jax.block_until_ready(program(*arguments))
+        times += 1
+    return times * cost / spent / 1e9
+
+
+def _decoder(name: str, B: int) -> Callable[[], float]:
+    config, _ = _shape(name)
+    params = init(config, jax.random.key(0))
+    ready = prefill(config, params, [np.array([config.V - 1])] * B)._replace(slot=jnp.int32(1))
+
+    def once() -> float:
+        began = time.perf_counter()
+        _, out = decode(config, params, ready, config.T - 1, jax.random.key(1), jnp.float32(1.0),
+                        ends=0)
+        out.block_until_ready()
+        return B * (config.T - 1) / (time.perf_counter() - began)
+
+    return once
+
+
+def _shape(name: str) -> tuple[ModelConfig, int]:
+    if name not in SHAPES:
+        raise BadInput(f"shape {name!r} is not one of {', '.join(SHAPES)}; choose one")
+    return SHAPES[name]
+
+
+def _facts() -> dict[str, Any]:
+    return {"schema": 1, "versions": machine.versions(), "environment": machine.environment()}
