@@ -8,9 +8,9 @@ import pytest
 
 from tinylm.config import BadInput
 from tinylm.laws import isoflop
-from tinylm.laws.fit import Runs, read_csv
 from tinylm.laws.forms import Surface
 from tinylm.laws.isoflop import exponents, minima
+from tinylm.laws.runs import Runs, read_csv
 
 CHINCHILLA = Surface(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)
 LOPSIDED = Surface(E=1.69, A=406.4, B=410.7, alpha=0.465, beta=0.155)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tinylm.config import BadInput
-from tinylm.laws.fit import Runs
+from tinylm.laws.runs import Runs
 
 WINDOW = 4.0  # runs within this factor of the minimum's params are fitted, where enough are
 SAME_BUDGET = 0.03  # relative difference of FLOPs within one budget

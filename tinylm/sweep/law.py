@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from tinylm.config import BadInput
-from tinylm.laws.fit import Runs, fit_frontier, fit_surface
+from tinylm.laws.fit import fit_frontier, fit_surface
 from tinylm.laws.isoflop import exponents, minima
+from tinylm.laws.runs import Runs
 
 Record = dict[str, Any]
 
