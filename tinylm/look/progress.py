@@ -145,8 +145,16 @@ def law(fitted: dict[str, Any]) -> str:
     lines = [f"budget {m['flops']:.2e}: no minimum, {m['reason']}" for m in refused]
     if "refused" in e or "refused" in f:
         return "\n".join([*lines, e.get("refused", ""), f.get("refused", "")])
-    return "\n".join([*lines, f"best size ~ C^{e['a']:.3f} (se {e['a_se']:.3f}), best loss = "
-                              f"{f['A']:.3g} C^-{f['gamma']:.4f}"])
+    lines.append(f"best size ~ C^{e['a']:.3f} (se {e['a_se']:.3f}), best loss = "
+                 f"{f['A']:.3g} C^-{f['gamma']:.4f}")
+    if off := fitted["bias"].get("percent"):
+        worst = max(off, key=lambda b: abs(b["params_percent"]))
+        lines.append(f"on this grid the parabola misplaces the best size by up to "
+                     f"{worst['params_percent']:+.1f}% (at {worst['flops']:.2e} FLOPs)")
+    if "refused" not in fitted["conventions"]:
+        lines.append("exponent by convention: " + ", ".join(
+            f"{k} {x['a']:.3f}" for k, x in fitted["conventions"].items()))
+    return "\n".join(lines)
 
 
 def forecast(f: Forecast, sha: str) -> str:
