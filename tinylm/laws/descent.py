@@ -12,7 +12,7 @@ import numpy as np
 
 from tinylm.laws.forms import Law
 
-STEPS = 300
+STEPS = 1000
 BLOCK = 1 << 18  # numbers a column may have at once: what stays in a processor's cache
 LAD_DELTAS = tuple(10.0**-n for n in range(2, 11))  # absolute residuals, as Huber's limit
 
@@ -83,8 +83,7 @@ def _descend(theta, problem):
     live, damping = np.arange(len(theta)), np.full(len(theta), 0.01)
     at = slopes(theta, problem)
     for _ in range(STEPS):
-        step = _step(theta[live], at, damping, low, high)
-        promised = -(at.gradient * step).sum(axis=-1) * (1 + damping)
+        step, promised = _step(theta[live], at, damping, low, high)
         trial = np.clip(theta[live] + step, low, high)
         new = slopes(trial, problem._replace(weights=problem.weights[live]))
         better = new.value <= at.value
@@ -92,7 +91,7 @@ def _descend(theta, problem):
         at = Slopes(*(np.where(better.reshape(-1, *[1] * (a.ndim - 1)), b, a)
                       for a, b in zip(at, new, strict=True)))
         damping = np.where(better, np.maximum(damping / 5, 1e-9), damping * 4)
-        going = (promised > 1e-13 * at.value + 1e-28) & (damping < 1e9)
+        going = (promised * (1 + damping) > 1e-13 * at.value + 1e-28) & (damping < 1e9)
         if not going.any():
             break
         live, damping = live[going], damping[going]
@@ -101,11 +100,25 @@ def _descend(theta, problem):
 
 
 def _step(theta, at, damping, low, high):
-    """Give the damped step; a coordinate held by a bound stays."""
+    """Give the damped step within the bounds, and the decrease that a free step promises.
+
+    A coordinate that a bound holds stays on it.
+    """
     held = (low == high) | ((theta <= low) & (at.gradient > 0))
     held |= (theta >= high) & (at.gradient < 0)
     matrix = at.curvature + damping[:, None, None] * at.bound
-    matrix = np.where(held[:, :, None] | held[:, None, :], 0.0, matrix)
-    ridge = 1e-13 * np.trace(matrix, axis1=1, axis2=2)[:, None] + held + math.ulp(0.0)
+    ridge = 1e-13 * np.trace(matrix, axis1=1, axis2=2)[:, None] + math.ulp(0.0)
     matrix = matrix + ridge[:, :, None] * np.eye(theta.shape[1])
-    return np.linalg.solve(matrix, np.where(held, 0.0, -at.gradient)[..., None])[..., 0]
+    step, promised = np.zeros_like(theta), None
+    for _ in range(theta.shape[1]):  # what meets a bound stops there, and the rest makes room
+        pull = -at.gradient - (matrix @ np.where(held, step, 0.0)[..., None])[..., 0]
+        free = np.where(held[:, :, None] | held[:, None, :], 0.0, matrix)
+        free = free + held[:, :, None] * np.eye(theta.shape[1])
+        step = np.linalg.solve(free, np.where(held, step, pull)[..., None])[..., 0]
+        promised = -(at.gradient * step).sum(axis=-1) if promised is None else promised
+        over = ~held & ((theta + step < low) | (theta + step > high))
+        if not over.any():
+            break
+        step = np.clip(theta + step, low, high) - theta
+        held |= over
+    return step, promised

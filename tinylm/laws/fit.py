@@ -14,14 +14,15 @@ from typing import Literal
 import numpy as np
 from scipy.optimize import nnls
 
-from tinylm.config import BadInput
+from tinylm.config import BadInput, require
 from tinylm.laws.descent import Problem, descend, descend_absolute, residuals, slopes
 from tinylm.laws.forms import LOGGED, Frontier, Law, Surface
 from tinylm.laws.runs import Runs, check_values
 
 Estimator = Literal["huber", "lad", "ls"]
 STARTS = 8  # best nodes of the exponent grid that are refined
-SEARCHED = 2000  # runs that the search for starts looks at; all runs refine
+SEARCHED = 2000  # runs that the starts are searched and refined on; all refine the best
+DRAWN = 10**8  # runs that all resamples together may draw, 8 bytes each
 EXPONENTS = np.geomspace(0.03, 1.5, 14)
 LIMITS = {"E": (0.0, 1.0), "A": (-25.0, 25.0), "B": (-25.0, 25.0), "k": (math.log(0.1), 3.0),
           "R_D": (-2.0, 7.0), "R_N": (-2.0, 7.0)}  # of theta, the loss over its least
@@ -60,6 +61,7 @@ def fit_law(runs: Runs, law: type[Law], estimator: Estimator = "huber", delta: f
     inverse variances, 1 on average. `given` constants (E=0, ceiling=ln V) are not fitted.
     """
     check_values(**{k: v for k, v in runs._asdict().items() if v is not None})
+    require("delta", delta, 1e-9, math.inf)
     if law is Frontier:
         _check_budgets(runs.flops, 3 - len(given))
     else:
@@ -98,6 +100,7 @@ def resample(fit: Fit, resamples: int, seed: int = 42) -> np.ndarray:
     if fit.problem.delta == 0:
         raise BadInput("estimator lad has no smooth refits; resample the huber fit at delta=1e-3")
     count = len(fit.residuals)
+    require("resamples", resamples, 1, DRAWN // count)
     drawn = np.random.RandomState(seed).randint(0, count, (resamples, count))
     cells = (drawn + count * np.arange(resamples)[:, None]).ravel()
     times = np.bincount(cells, minlength=resamples * count).reshape(resamples, count)
@@ -132,15 +135,15 @@ def _solve(problem):
     starts = _starts(few)
     refine = descend if problem.delta else descend_absolute
     ends = refine(starts, few)
-    ends = ends if few is problem else refine(ends, problem)
-    values = np.array([_value(end, problem) for end in ends])
+    values = np.array([_value(end, few) for end in ends])
     best = int(values.argmin())
-    rounding = len(problem.loss) * (1e-18 if problem.delta else 1e-9)
+    rounding = len(few.loss) * (1e-18 if problem.delta else 1e-9)
     agree = float((values <= values[best] * (1 + 1e-6) + rounding).mean())
-    moved = float(np.abs(ends[best] - starts[best]).max())
+    end = ends[best] if few is problem else refine(ends[best][None], problem)[0]
+    moved = float(np.abs(end - starts[best]).max())
     certificate = {"starts": len(starts), "agree_share": agree, "moved": moved,
-                   **_certify(ends[best], problem)}
-    return ends[best], certificate
+                   **_certify(end, problem)}
+    return end, certificate
 
 
 def _certify(theta, problem):
@@ -149,8 +152,10 @@ def _certify(theta, problem):
     names = np.array(problem.law.names())
     inner = (theta > low) & (theta < high)
     residual, jacobian = residuals(theta, problem)
-    lengths = np.linalg.norm(jacobian, axis=1) + 1e-300
-    unit = (jacobian / lengths[:, None])[inner]
+    jacobian = jacobian[inner]
+    lengths = np.linalg.norm(jacobian, axis=1)
+    _identified(lengths > 1e-6 * lengths.max(), names[inner], math.inf, problem.law)
+    unit = jacobian / lengths[:, None]
     delta = problem.delta or 1e-10
     force = problem.weights * np.clip(residual, -delta, delta)
     exact = np.abs(residual).max() < 1e-12  # nothing pulls but rounding
@@ -158,14 +163,18 @@ def _certify(theta, problem):
     _, singular, ways = np.linalg.svd(unit.T, full_matrices=False)
     condition = float(singular[0] / max(singular[-1], 1e-300))
     if not condition < SINGULAR:
-        lost = names[inner][np.abs(ways[-1]) > 0.3]
-        raise BadInput(f"these runs cannot tell {' and '.join(lost)} of {problem.law.__name__} "
-                       f"(condition {condition:.1g}); {problem.law.needs}")
+        _identified(np.abs(ways[-1]) < 0.3, names[inner], condition, problem.law)
     if not pull < STOPPED:
         raise BadInput(f"the fit of {problem.law.__name__} stopped where its gradient norm is "
-                       f"{pull:.2g}, above {STOPPED}: no minimum; drop outlying runs")
+                       f"{pull:.2g}, above {STOPPED}: no minimum; add runs or fit a smaller law")
     return {"gradient_norm": pull, "condition": condition,
             "at_bound": names[~inner & (low < high)].tolist()}
+
+
+def _identified(told, names, condition, law):
+    if not told.all():
+        raise BadInput(f"these runs cannot tell {' and '.join(names[~told])} of {law.__name__} "
+                       f"(condition {condition:.1g}); {law.needs}")
 
 
 def _value(theta, problem):
@@ -216,6 +225,8 @@ def _bounds(law, given, least):
     missing = [n for n in ("ceiling",) if n in law.names() and n not in given]
     if missing:
         raise BadInput(f"{law.__name__} has no {missing[0]}; give one, such as ln V = 10.4 nats")
+    if "ceiling" in given:
+        require("ceiling", given["ceiling"], math.nextafter(least, math.inf), math.inf)
     return found.T
 
 

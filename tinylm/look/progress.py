@@ -157,6 +157,29 @@ def law(fitted: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def fitted(told: dict[str, Any], dropped: list[str]) -> str:
+    """Give one law's constants, with their errors where resampled, and its certificate."""
+    c, spread = told["certificate"], told.get("bootstrap", {}).get("constants", {})
+    lines = [*dropped, f"{told['runs']} runs, objective {told['objective']:.10g}, residuals "
+                       f"{told['residual_sd']:.4f} (sd)"]
+    for name, value in told["law"].items():
+        s = spread.get(name)
+        lines.append(f"  {name} = {value:.6g}" + (
+            f"  (sd {s['sd']:.4g}, 95% {s['low95']:.4g} to {s['high95']:.4g})" if s else ""))
+    return "\n".join([*lines, f"{c['agree_share']:.0%} of {c['starts']} starts agree, gradient "
+                              f"{c['gradient_norm']:.1e}, condition {c['condition']:.3g}"
+                      + (f", AT ITS LIMIT: {', '.join(c['at_bound'])}" if c["at_bound"] else "")])
+
+
+def ranked(rows: list[dict[str, Any]], dropped: list[str]) -> str:
+    """Give the laws in order of how well they forecast, and why some could not."""
+    return "\n".join([*dropped, *(
+        f"{r['form']}: no law {r['refused']}" if "refused" in r else
+        f"{r['form']}: {r['mean_percent']:.2f}% off (mean of {r['forecasts']} forecasts from "
+        f"{r['cuts']} cuts; worst {r['worst_percent']:.2f}%, bias {r['bias_percent']:+.2f}%)"
+        for r in rows)])
+
+
 def forecast(f: Forecast, sha: str) -> str:
     """Say what was forecast."""
     return (f"forecast for {f.target_flops:.2e} FLOPs, {f.target_params:.0f} parameters: "
