@@ -187,3 +187,16 @@ def test_a_constant_that_ends_at_its_limit_is_named():
     bent = Frontier(0.0, 21.0, 0.065).loss(flops) - 0.5
     assert fit_frontier(flops, bent, floor=True).certificate["at_bound"] == ["E"]
     assert fit_frontier(flops, bent + 1, floor=True).certificate["at_bound"] == []
+
+
+def test_frontiers_that_bend_either_way_end_at_a_certified_minimum():
+    met = 0
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        budgets = int(rng.integers(3, 6))
+        flops = np.geomspace(1e17, 1e17 * 10 ** rng.uniform(1, 3), budgets)
+        bend = 0.002 * rng.uniform(-6, 6) * np.linspace(-1, 1, budgets)**2
+        got = fit_frontier(flops, 21 * flops**-0.05 * (1 - bend), floor=True).certificate
+        assert got["gradient_norm"] < 1e-5
+        met += got["at_bound"] == ["E"]
+    assert 10 < met < 50  # a floor at zero and one above it are both common
