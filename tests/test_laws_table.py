@@ -118,7 +118,8 @@ def test_any_csv_is_fitted_and_compared_by_the_verb(tmp_path, capsys):
     assert out["runs"] == 59 and len(out["dropped"]) == 1 and "sd" in str(out["bootstrap"])
     verbs.fit(path, bootstrap=20, objective="ls", drop_worst=1, **names)
     said = capsys.readouterr().out
-    assert said.startswith("dropped the 1 largest losses") and "alpha = 0." in said and "(sd 0.0" in said and "of 8 starts agree" in said
+    assert said.startswith("dropped the 1 largest losses")
+    assert "alpha = 0." in said and "(sd 0.0" in said and "of 8 starts agree" in said
     verbs.fit(path, compare=True, drop_worst=1, **names)
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith("dropped the 1 largest") and said[1].startswith("coupled: 0.")
