@@ -83,8 +83,10 @@ def test_the_form_risk_is_the_bias_of_a_surface_where_another_law_is_true():
     flops, same, off = 6 * params * tokens, vars(LAW).values(), []
     for truth in (Coupled(*same, 0.7), Coupled(*same, 1.4), Saturating(*same, 7.0)):
         law = fit_surface(Runs(params, tokens, flops, truth.loss(params, tokens)), "ls").law
-        off.append(abs(law.loss(*target) - truth.loss(*target)))
-    assert told.form_risk == pytest.approx(max(off)) and min(off) > 0
+        off.append(law.loss(*target) - truth.loss(*target))
+    assert list(told.biases) == ["coupled, k = 0.7", "coupled, k = 1.4", "saturating"]
+    assert list(told.biases.values()) == pytest.approx(off)
+    assert told.form_risk == max(map(abs, off)) and min(map(abs, off)) > 1e-3
     near = expected(params, tokens, LAW.optimum(2e19)[:2], LAW, 0.005, 7.0)
     assert near.form_risk < told.form_risk and near.stderr < told.stderr
     wide = expected(*design(1000.0)[:2], target, LAW, 0.005, 7.0)

@@ -31,7 +31,12 @@ class Expected(NamedTuple):
 
     loss: float  # if the assumed law is true
     stderr: float  # from the runs' noise
-    form_risk: float  # the largest bias if the truth couples or saturates instead
+    biases: dict[str, float]  # of the fitted surface, if the truth couples or saturates instead
+
+    @property
+    def form_risk(self) -> float:
+        """Give the largest bias either way, nats."""
+        return max(map(abs, self.biases.values()))
 
 
 COUPLINGS = (0.7, 1.4)  # k of other truths; the Surface is 1
@@ -48,15 +53,16 @@ def expected(params: np.ndarray, tokens: np.ndarray, target: tuple[float, float]
     def bias(truth):
         flops = six_nd(params, tokens)
         fitted = fit_surface(Runs(params, tokens, flops, truth.loss(params, tokens)), "ls").law
-        return abs(float(fitted.loss(*target) - truth.loss(*target)))
+        return float(fitted.loss(*target) - truth.loss(*target))
 
     jacobian = law.evaluate(law.theta(), np.log([params, tokens]))[1]
     toward = law.evaluate(law.theta(), np.log([[n] for n in target]))[1][:, 0]
     covariance = sigma**2 * np.linalg.inv(jacobian @ jacobian.T)
     same = vars(law).values()
-    others = [Coupled(*same, k) for k in COUPLINGS] + [Saturating(*same, ceiling)]
+    others = {f"coupled, k = {k:g}": Coupled(*same, k) for k in COUPLINGS}
+    others["saturating"] = Saturating(*same, ceiling)
     return Expected(float(law.loss(*target)), math.sqrt(toward @ covariance @ toward),
-                    max(bias(truth) for truth in others))
+                    {name: bias(truth) for name, truth in others.items()})
 
 
 def centre(flops: float) -> float:
