@@ -32,8 +32,8 @@ import numpy as np
 
 from tinylm import files
 from tinylm.laws import forecast, intervals
-from tinylm.laws.fit import Runs, read_csv
 from tinylm.laws.isoflop import group, minima
+from tinylm.laws.runs import Runs, read_csv
 
 STUDIES = {
     "llama3": ("llama3_isoflop.csv", {"condition": "raw_loss"}),

@@ -11,8 +11,8 @@ from experiments import backtest_forecasts
 from tinylm import files
 from tinylm.config import BadInput, to_json
 from tinylm.laws import forecast, intervals
-from tinylm.laws.fit import Runs
 from tinylm.laws.forms import Surface
+from tinylm.laws.runs import Runs
 
 LAW = Surface(E=0.9, A=30.0, B=40.0, alpha=0.28, beta=0.30)
 TARGET = 3.2e13

@@ -1,10 +1,14 @@
 """Plans: cells at their budget, sizes around the centre, refusals."""
 
+import numpy as np
 import pytest
 
 from tinylm.config import BadInput
 from tinylm.laws.accounting import Shape, flops_per_token, parameters
-from tinylm.laws.plan import cell, centre, isoflop_grid
+from tinylm.laws.fit import fit_surface
+from tinylm.laws.forms import Coupled, Saturating, Surface
+from tinylm.laws.plan import cell, centre, expected, isoflop_grid
+from tinylm.laws.runs import Runs
 
 LADDER = [Shape(800, D, 2, D // 8, D // 8, 8, 3 * D, 128, True) for D in range(16, 200, 8)]
 
@@ -47,3 +51,49 @@ def test_fewer_sizes_than_a_parabola_needs_are_refused():
 def test_a_budget_under_half_a_step_is_refused():
     with pytest.raises(BadInput, match="under half a step"):
         cell(1e6, LADDER[0], 512)
+
+
+LAW = Surface(E=1.8, A=480.0, B=2100.0, alpha=0.35, beta=0.37)
+
+
+def design(span: float = 100.0, spread: float = 4.0):
+    """Five budgets of seven sizes, and the best size at 10 times the largest."""
+    pairs = [(n, c / 6 / n) for c in np.geomspace(1e17, 1e17 * span, 5)
+             for n in LAW.optimum(c)[0] * np.geomspace(1 / spread, spread, 7)]
+    params, tokens = np.array(pairs).T
+    return params, tokens, LAW.optimum(1e18 * span)[:2]
+
+
+@pytest.mark.parametrize("span", [30.0, 100.0])
+def test_the_expected_error_is_that_of_simulated_sweeps(span):
+    params, tokens, target = design(span)
+    told = expected(params, tokens, target, LAW, 0.005, 7.0)
+    rng, said = np.random.default_rng(0), []
+    for _ in range(120):
+        loss = LAW.loss(params, tokens) + 0.005 * rng.standard_normal(35)
+        law = fit_surface(Runs(params, tokens, 6 * params * tokens, loss), "ls").law
+        said.append(law.loss(*target))
+    assert told.loss == LAW.loss(*target)
+    assert told.stderr == pytest.approx(np.std(said), rel=0.2)
+
+
+def test_the_form_risk_is_the_bias_of_a_surface_where_another_law_is_true():
+    params, tokens, target = design()
+    told = expected(params, tokens, target, LAW, 0.005, 7.0)
+    flops, same, off = 6 * params * tokens, vars(LAW).values(), []
+    for truth in (Coupled(*same, 0.7), Coupled(*same, 1.4), Saturating(*same, 7.0)):
+        law = fit_surface(Runs(params, tokens, flops, truth.loss(params, tokens)), "ls").law
+        off.append(law.loss(*target) - truth.loss(*target))
+    assert list(told.biases) == ["coupled, k = 0.7", "coupled, k = 1.4", "saturating"]
+    assert list(told.biases.values()) == pytest.approx(off)
+    assert told.form_risk == max(map(abs, off)) and min(map(abs, off)) > 1e-3
+    near = expected(params, tokens, LAW.optimum(2e19)[:2], LAW, 0.005, 7.0)
+    assert near.form_risk < told.form_risk and near.stderr < told.stderr
+    wide = expected(*design(1000.0)[:2], target, LAW, 0.005, 7.0)
+    assert wide.stderr < told.stderr
+
+
+def test_a_sweep_that_identifies_nothing_is_refused_before_it_is_run():
+    params, tokens, target = design()
+    with pytest.raises(BadInput, match="one budget"):
+        expected(params[:7], tokens[:7], target, LAW, 0.005, 7.0)

@@ -127,3 +127,15 @@ def test_verify_names_a_flipped_bit_and_an_edited_record(trained, tuned):
     note = folder / "chat/record.json"
     note.write_text(note.read_text().replace('"status": "ok"', '"status": "OK"'))
     assert str(note) in tinylm("verify", folder).stdout
+
+
+def test_a_csv_is_fitted_from_the_command_line_or_refused_with_exit_code_2(tmp_path):
+    rows = [(n, d, 1.8 + 480 * n**-0.35 + 2100 * d**-0.37)
+            for n in (1e7, 3e7, 1e8) for d in (1e9, 4e9, 2e10)]
+    (tmp_path / "runs.csv").write_text("n,d,l\n" + "".join(f"{a},{b},{c}\n" for a, b, c in rows))
+    flags = ("fit", tmp_path / "runs.csv", "--params-col", "n", "--tokens-col", "d", "--json")
+    out = last(tinylm(*flags, "--loss-col", "l", "--objective", "ls"))
+    assert out["law"]["alpha"] == pytest.approx(0.35, abs=1e-4)
+    done = tinylm(*flags, "--loss-col", "nll")
+    assert done.returncode == 2 and done.stdout == ""
+    assert "runs.csv has no column 'nll'; it has n, d, l" in done.stderr

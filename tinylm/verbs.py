@@ -13,6 +13,8 @@ from tinylm import files, machine
 from tinylm.config import BadInput, from_json, require
 from tinylm.evaluate import heldout
 from tinylm.laws import forecast as forecasts
+from tinylm.laws import table
+from tinylm.laws.fit import Estimator
 from tinylm.laws.plan import cell
 from tinylm.look import progress
 from tinylm.model import generate
@@ -134,15 +136,44 @@ def sweep(out: Path, budgets: tuple[float, ...], widths: tuple[int, ...],
         raise SystemExit(1)
 
 
-def fit(runs: Positional[Path], json: bool = False) -> None:
-    """Fit the laws to a sweep's folder: isoFLOP minima, exponents, frontier, surface.
+def fit(runs: Positional[Path], form: table.Form = "chinchilla",
+        objective: Estimator = "huber", delta: float = 1e-3, ceiling: float = 0.0,
+        params_col: str = "", tokens_col: str = "", flops_col: str = "", loss_col: str = "",
+        unique_col: str = "", drop_worst: int = 0, bootstrap: int = 0, compare: bool = False,
+        json: bool = False) -> None:
+    """Fit every law to a sweep's folder, or one law to any CSV of runs; or rank the laws.
 
     Args:
-        runs: folder whose subfolders are runs
+        runs: folder whose subfolders are runs, or a CSV with loss and two of params, tokens, flops
+        form: the law to fit to a CSV
+        objective: huber or lad of log loss, or ls of the loss
+        delta: log loss at which huber turns from square to absolute
+        ceiling: nats at which the saturating law levels off, such as ln V
+        params_col: the CSV's name for parameters
+        tokens_col: the CSV's name for training tokens
+        flops_col: the CSV's name for training FLOPs
+        loss_col: the CSV's name for the loss
+        unique_col: the CSV's name for different tokens, for data-constrained
+        drop_worst: leave out this many of the largest losses
+        bootstrap: refits to resampled runs, for standard deviations
+        compare: rank the laws by their forecasts from below to above a cut of compute
         json: print the fit on the last line
     """
-    fitted = law.fit(_records(runs))
-    _out(fitted, json, progress.law(fitted))
+    if runs.is_dir() and not compare:
+        fitted = law.fit(_records(runs))
+        _out(fitted, json, progress.law(fitted))
+        return
+    columns = {"params": params_col, "tokens": tokens_col, "flops": flops_col, "loss": loss_col,
+               "unique": unique_col}
+    found, dropped = ((law.runs_of(_records(runs))[0], []) if runs.is_dir() else
+                      table.cleaned(runs, {k: v for k, v in columns.items() if v}, drop_worst))
+    if compare:
+        ranked = table.compare(found, objective, delta, ceiling)
+        _out({"dropped": dropped, "ranked": ranked}, json, progress.ranked(ranked, dropped))
+        return
+    told = table.told(table.fit_form(found, form, objective, delta, ceiling), bootstrap)
+    _out({"form": form, "estimator": objective, "dropped": dropped, **told}, json,
+         progress.fitted(told, dropped))
 
 
 def forecast(runs: Positional[Path], flops: float, out: Path, D: int = 0, batch: int = 512,

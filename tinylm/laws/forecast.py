@@ -24,8 +24,9 @@ import numpy as np
 from tinylm import files
 from tinylm.config import BadInput, from_json, to_json
 from tinylm.laws import intervals
-from tinylm.laws.fit import Runs, fit_frontier, fit_surface
+from tinylm.laws.fit import fit_frontier, fit_surface
 from tinylm.laws.isoflop import Minimum, exponents, group, minima
+from tinylm.laws.runs import Runs
 
 SCHEMA = 1
 NEAR = 2.5  # the surface is fitted to runs within this factor of the best params

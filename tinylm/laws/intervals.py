@@ -14,7 +14,7 @@ from collections.abc import Callable
 import numpy as np
 
 from tinylm.config import BadInput
-from tinylm.laws.fit import Runs
+from tinylm.laws.runs import Runs
 
 # The pilot's registered forecast at 5 times the compute missed by 1.85% although its internal
 # backtests erred .1-.3%: state 3% there, in proportion to ln(factor), and never under 1%.

@@ -1,24 +1,30 @@
 """Find the size of least loss at each budget, or say why the runs do not show one.
 
-A parabola of loss in ln params through the runs near the minimum. On the surface of Hoffmann et
-al. (1.69, 406.4, 410.7, .34, .28) it misplaces the tokens by -.33 / -1.3 / -2.9 / -5.1% on grids
-of 2 / 4 / 8 / 16 times either side, and by -23% at 16 with exponents .465 / .155: hence a window.
+A polynomial of loss in ln params through the runs near the minimum. On the surface of Hoffmann et
+al. (1.69, 406.4, 410.7, .34, .28) a parabola misplaces the tokens by -.33 / -1.3 / -2.9 / -5.1% on
+grids of 2 / 4 / 8 / 16 times either side, and by -23% at 16 with exponents .465 / .155: hence a
+window, and `bias`, which says how far off the method is on the grid at hand.
 """
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from tinylm.config import BadInput
-from tinylm.laws.fit import Runs
+from tinylm.laws.accounting import Parameters, six_nd
+from tinylm.laws.fit import fit_surface
+from tinylm.laws.forms import Surface
+from tinylm.laws.runs import Runs
 
-WINDOW = 4.0  # runs within this factor of the minimum's params are fitted, where enough are
+Method = Literal["parabola", "cubic", "local"]
+# degree, and the factor of params about the minimum within which runs are fitted
+METHODS = {"parabola": (2, 4.0), "cubic": (3, 8.0), "local": (2, 2.0)}
 SAME_BUDGET = 0.03  # relative difference of FLOPs within one budget
 
 
 class Minimum(NamedTuple):
-    """The bottom of one budget's curve; numbers are those of the parabola even if refused."""
+    """The bottom of one budget's curve; numbers are those of the polynomial even if refused."""
 
     flops: float
     params: float
@@ -27,9 +33,9 @@ class Minimum(NamedTuple):
     curvature: float  # second derivative of the loss in ln params, nats
     bracketed: bool
     reason: str  # in words, why it is refused; empty where bracketed
-    coefficients: tuple[float, float, float]  # loss = c0 + c1 u + c2 u^2, u = ln params
+    coefficients: tuple[float, ...]  # loss = c0 + c1 u + c2 u^2 .., u = ln params
     loss_se: float  # standard error of `loss` from the fit's residuals (or the runs' sigma), nats
-    scatter: float  # standard deviation of the runs about the parabola, nats; 0 if unknown
+    scatter: float  # standard deviation of the runs about the polynomial, nats; 0 if unknown
 
 
 class Exponents(NamedTuple):
@@ -42,6 +48,15 @@ class Exponents(NamedTuple):
     log_params: float  # ln params at 1 FLOP, so that params = exp(log_params + a ln flops)
 
 
+class Bias(NamedTuple):
+    """By how much a method misses the minimum of a known surface on a budget's own grid."""
+
+    flops: float
+    params_percent: float
+    tokens_percent: float
+    loss_percent: float
+
+
 def group(flops: np.ndarray) -> np.ndarray:
     """Label runs by budget: FLOPs that differ by under 3% from the group's least are one."""
     labels, first, label = np.zeros(len(flops), int), -math.inf, -1
@@ -52,12 +67,16 @@ def group(flops: np.ndarray) -> np.ndarray:
     return labels
 
 
-def minima(runs: Runs, budgets: np.ndarray | None = None) -> list[Minimum]:
-    """Give one Minimum a budget, least budget first; `budgets` labels the runs if given."""
+def minima(runs: Runs, budgets: np.ndarray | None = None,
+           method: Method = "parabola") -> list[Minimum]:
+    """Give one Minimum a budget, least budget first; `budgets` labels the runs if given.
+
+    `cubic` follows a lopsided curve over a wide grid; `local` looks near the minimum only.
+    """
     labels = group(runs.flops) if budgets is None else np.asarray(budgets)
     if len(labels) != len(runs.loss):
         raise BadInput(f"{len(labels)} budget labels for {len(runs.loss)} runs; give one a run")
-    found = [_minimum(runs.keep(labels == label)) for label in np.unique(labels)]
+    found = [_minimum(runs.keep(labels == label), *METHODS[method]) for label in np.unique(labels)]
     return sorted(found, key=lambda m: m.flops)
 
 
@@ -73,64 +92,106 @@ def exponents(found: list[Minimum]) -> Exponents:
     return Exponents(a, a_se, b, b_se, log_params)
 
 
-def _minimum(runs):
+def bias(runs: Runs, budgets: np.ndarray | None = None, method: Method = "parabola",
+         law: Surface | None = None) -> list[Bias]:
+    """Estimate the method's bias on these runs' grid, from the law that they suggest.
+
+    The losses are replaced by those of `law` (the fitted Surface if none is given), whose minima
+    are known; FLOPs a parameter and token are each budget's geometric mean.
+    """
+    law = fit_surface(runs).law if law is None else law
+    said = runs._replace(loss=law.loss(runs.params, runs.tokens), sigma=None)
+    labels, out = group(runs.flops) if budgets is None else np.asarray(budgets), []
+    for label in np.unique(labels):
+        (m,) = minima(said.keep(labels == label), np.zeros((labels == label).sum()), method)
+        here = runs.keep(labels == label)
+        kappa = float(np.exp(np.log(here.flops / here.params / here.tokens).mean()))
+        true = law.optimum(m.flops, kappa)
+        got = (m.params, m.tokens, m.loss)
+        out.append(Bias(m.flops, *(100 * (g / t - 1) for g, t in zip(got, true, strict=True))))
+    return sorted(out)
+
+
+def conventions(runs: Runs, counts: list[Parameters],
+                budgets: np.ndarray | None = None) -> dict[str, Exponents]:
+    """Give the exponents of the same minima under three counts of params and two of FLOPs.
+
+    `counts`, one a run, belong to runs whose `params` is blocks and head. Keys are `blocks exact`,
+    `blocks 6nd`, `blocks+head ..` and `all ..`; 6nd is of the counted params.
+    """
+    kept = [m for m in minima(runs, budgets) if m.bracketed]
+    ways = {"blocks": [c.blocks for c in counts], "blocks+head": [c.law for c in counts],
+            "all": [c.total for c in counts]}
+    order, out = np.argsort(runs.params, kind="stable"), {}
+    for name, counted in ways.items():
+        logs = np.interp(np.log([m.params for m in kept]), np.log(runs.params[order]),
+                         np.log(np.array(counted, float)[order]))
+        told = [m._replace(params=math.exp(n)) for m, n in zip(kept, logs, strict=True)]
+        out[f"{name} exact"] = exponents(told)
+        out[f"{name} 6nd"] = exponents([m._replace(flops=six_nd(m.params, m.tokens))
+                                        for m in told])
+    return out
+
+
+def _minimum(runs, degree, window):
     u = np.log(runs.params)
     flops = float(np.exp(np.log(runs.flops).mean()))
     sizes = len(np.unique(u.round(6)))
-    if sizes < 4:
+    if sizes < degree + 2:
         i = int(runs.loss.argmin())
-        reason = f"{sizes} sizes; train 4 or more at this budget"
+        reason = f"{sizes} sizes; train {degree + 2} or more at this budget"
         return Minimum(flops, float(runs.params[i]), float(runs.tokens[i]), float(runs.loss[i]),
-                       math.nan, False, reason, (math.nan,) * 3, math.nan, 0.0)
+                       math.nan, False, reason, (math.nan,) * (degree + 1), math.nan, 0.0)
     bottom = u[runs.loss.argmin()]
     for _ in range(4):  # each pass centres the window on the last fitted bottom
-        near = _nearest(u, bottom)
-        parabola, covariance, scatter = _parabola(u[near], runs.keep(near))
-        bottom, shift = _bottom(parabola, u[near])
-    c2, c1, c0 = parabola
-    at = np.array([(bottom - shift) ** 2, bottom - shift, 1.0])
+        near = _nearest(u, bottom, window, degree + 3)
+        shift = u[near].mean()
+        curve, covariance, scatter = _curve(u[near] - shift, runs.keep(near), degree)
+        bottom = shift + _bottom(curve, u[near] - shift)
+    powers = np.arange(degree + 1)
+    at = (bottom - shift) ** powers
+    bend = powers * (powers - 1) * (bottom - shift) ** np.maximum(powers - 2, 0)
     slope, level = np.polyfit(u[near], np.log(runs.tokens[near]), 1)
-    reason = _refusal(c2, math.sqrt(covariance[0, 0]), bottom, u)
-    coefficients = (c0 - c1 * shift + c2 * shift**2, c1 - 2 * c2 * shift, c2)
-    return Minimum(flops, math.exp(bottom), math.exp(level + slope * bottom),
-                   float(at @ parabola), float(2 * c2), not reason, reason,
-                   tuple(map(float, coefficients)), math.sqrt(max(at @ covariance @ at, 0.0)),
-                   scatter)
+    reason = _refusal(bend @ curve, math.sqrt(max(bend @ covariance @ bend, 0.0)), bottom, u)
+    unshifted = np.polynomial.Polynomial(curve)(np.polynomial.Polynomial([-shift, 1.0])).coef
+    return Minimum(flops, math.exp(bottom), math.exp(level + slope * bottom), float(at @ curve),
+                   float(bend @ curve), not reason, reason, tuple(map(float, unshifted)),
+                   math.sqrt(max(at @ covariance @ at, 0.0)), scatter)
 
 
-def _nearest(u, centre):
-    """Mask the runs within the window, or the nearest sizes until 5 (or all) are in."""
+def _nearest(u, centre, window, least):
+    """Mask the runs within the window, or the nearest sizes until `least` (or all) are in."""
     far = np.abs(u - centre)
     sizes = np.sort(np.unique(far.round(6)))
-    needed = sizes[min(5, len(sizes)) - 1]
-    return far <= max(math.log(WINDOW), needed) + 1e-6
+    needed = sizes[min(least, len(sizes)) - 1]
+    return far <= max(math.log(window), needed) + 1e-6
 
 
-def _parabola(u, runs):
-    """Fit loss = p . (v^2, v, 1), v = u - mean; give p, its covariance and the scatter."""
-    v = u - u.mean()
-    design = np.stack([v**2, v, np.ones_like(v)], axis=1)
+def _curve(v, runs, degree):
+    """Fit loss = p . (1, v, v^2 ..); give p, its covariance and the scatter."""
+    design = np.vander(v, degree + 1, increasing=True)
     root = np.ones(len(v)) if runs.sigma is None else 1 / runs.sigma
     p, *_ = np.linalg.lstsq(design * root[:, None], runs.loss * root, rcond=None)
-    squares, free = float(((design @ p - runs.loss) ** 2).sum()), len(v) - 3
+    squares, free = float(((design @ p - runs.loss) ** 2).sum()), len(v) - degree - 1
     scatter = math.sqrt(squares / free) if free > 0 else 0.0
     inverse = np.linalg.pinv((design * root[:, None]).T @ (design * root[:, None]))
     return p, inverse * (scatter**2 if runs.sigma is None else 1.0), scatter
 
 
-def _bottom(parabola, u):
-    """Give (u of the bottom, centre of the parabola's variable); the lower end if none."""
-    c2, c1, _ = parabola
-    shift = u.mean()
-    ends = np.array([u.min(), u.max()])
-    if c2 > 0:
-        return float(np.clip(shift - c1 / (2 * c2), ends[0] - 1, ends[1] + 1)), shift
-    values = c2 * (ends - shift) ** 2 + c1 * (ends - shift)
-    return float(ends[values.argmin()]), shift
+def _bottom(curve, v):
+    """Give the v of the bottom, within e times of the runs; the lower end if there is none."""
+    polynomial = np.polynomial.Polynomial(curve)
+    flat = polynomial.deriv().trim(1e-9 * np.abs(curve).max()).roots()
+    flat = flat[np.isreal(flat)].real
+    low = flat[polynomial.deriv(2)(flat) > 0]
+    if len(low):
+        return float(np.clip(low[np.abs(low).argmin()], v.min() - 1, v.max() + 1))
+    ends = np.array([v.min(), v.max()])
+    return float(ends[polynomial(ends).argmin()])
 
 
-def _refusal(c2, c2_se, bottom, u):
-    if c2 <= 2 * c2_se:
+def _refusal(bend, bend_se, bottom, u):
+    if not bend > 2 * bend_se:
         return "the curve does not bend upwards beyond its noise; add sizes further out or seeds"
     if (u < bottom).sum() == 0:
         return "the minimum lies below the smallest size; add smaller models"

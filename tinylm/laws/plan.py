@@ -4,8 +4,13 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
+
 from tinylm.config import BadInput, require
-from tinylm.laws.accounting import Shape, flops_per_token, parameters
+from tinylm.laws.accounting import Shape, flops_per_token, parameters, six_nd
+from tinylm.laws.fit import fit_surface
+from tinylm.laws.forms import Coupled, Saturating, Surface
+from tinylm.laws.runs import Runs
 
 LEAST_SIZES = 4  # fewer cannot show a minimum with a residual
 
@@ -19,6 +24,45 @@ class Cell(NamedTuple):
     steps: int
     params: int  # body and head
     budget: float  # FLOPs asked for: the label to group by
+
+
+class Expected(NamedTuple):
+    """What a sweep will say of a larger run by a surface fitted with least squares, in nats."""
+
+    loss: float  # if the assumed law is true
+    stderr: float  # from the runs' noise
+    biases: dict[str, float]  # of the fitted surface, if the truth couples or saturates instead
+
+    @property
+    def form_risk(self) -> float:
+        """Give the largest bias either way, nats."""
+        return max(map(abs, self.biases.values()))
+
+
+COUPLINGS = (0.7, 1.4)  # k of other truths; the Surface is 1
+
+
+def expected(params: np.ndarray, tokens: np.ndarray, target: tuple[float, float], law: Surface,
+             sigma: float, ceiling: float) -> Expected:
+    """Give the precision to expect at a target (params, tokens) of a sweep of those runs.
+
+    `sigma` is the runs' noise and `ceiling` the loss of a model that knows nothing, nats; `law`
+    is what the losses are assumed to follow, say that of a pilot. A design that cannot identify
+    a surface raises BadInput.
+    """
+    def bias(truth):
+        flops = six_nd(params, tokens)
+        fitted = fit_surface(Runs(params, tokens, flops, truth.loss(params, tokens)), "ls").law
+        return float(fitted.loss(*target) - truth.loss(*target))
+
+    jacobian = law.evaluate(law.theta(), np.log([params, tokens]))[1]
+    toward = law.evaluate(law.theta(), np.log([[n] for n in target]))[1][:, 0]
+    covariance = sigma**2 * np.linalg.inv(jacobian @ jacobian.T)
+    same = vars(law).values()
+    others = {f"coupled, k = {k:g}": Coupled(*same, k) for k in COUPLINGS}
+    others["saturating"] = Saturating(*same, ceiling)
+    return Expected(float(law.loss(*target)), math.sqrt(toward @ covariance @ toward),
+                    {name: bias(truth) for name, truth in others.items()})
 
 
 def centre(flops: float) -> float:

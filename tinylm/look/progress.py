@@ -145,8 +145,39 @@ def law(fitted: dict[str, Any]) -> str:
     lines = [f"budget {m['flops']:.2e}: no minimum, {m['reason']}" for m in refused]
     if "refused" in e or "refused" in f:
         return "\n".join([*lines, e.get("refused", ""), f.get("refused", "")])
-    return "\n".join([*lines, f"best size ~ C^{e['a']:.3f} (se {e['a_se']:.3f}), best loss = "
-                              f"{f['A']:.3g} C^-{f['gamma']:.4f}"])
+    lines.append(f"best size ~ C^{e['a']:.3f} (se {e['a_se']:.3f}), best loss = "
+                 f"{f['A']:.3g} C^-{f['gamma']:.4f}")
+    if off := fitted["bias"].get("percent"):
+        worst = max(off, key=lambda b: abs(b["params_percent"]))
+        lines.append(f"on this grid the parabola misplaces the best size by up to "
+                     f"{worst['params_percent']:+.1f}% (at {worst['flops']:.2e} FLOPs)")
+    if "refused" not in fitted["conventions"]:
+        lines.append("exponent by convention: " + ", ".join(
+            f"{k} {x['a']:.3f}" for k, x in fitted["conventions"].items()))
+    return "\n".join(lines)
+
+
+def fitted(told: dict[str, Any], dropped: list[str]) -> str:
+    """Give one law's constants, with their errors where resampled, and its certificate."""
+    c, spread = told["certificate"], told.get("bootstrap", {}).get("constants", {})
+    lines = [*dropped, f"{told['runs']} runs, objective {told['objective']:.10g}, residuals "
+                       f"{told['residual_sd']:.4f} (sd)"]
+    for name, value in told["law"].items():
+        s = spread.get(name)
+        lines.append(f"  {name} = {value:.6g}" + (
+            f"  (sd {s['sd']:.4g}, 95% {s['low95']:.4g} to {s['high95']:.4g})" if s else ""))
+    return "\n".join([*lines, f"{c['agree_share']:.0%} of {c['starts']} starts agree, gradient "
+                              f"{c['gradient_norm']:.1e}, condition {c['condition']:.3g}"
+                      + (f", AT ITS LIMIT: {', '.join(c['at_bound'])}" if c["at_bound"] else "")])
+
+
+def ranked(rows: list[dict[str, Any]], dropped: list[str]) -> str:
+    """Give the laws in order of how well they forecast, and why some could not."""
+    return "\n".join([*dropped, *(
+        f"{r['form']}: no law {r['refused']}" if "refused" in r else
+        f"{r['form']}: {r['mean_percent']:.2f}% off (mean of {r['forecasts']} forecasts from "
+        f"{r['cuts']} cuts; worst {r['worst_percent']:.2f}%, bias {r['bias_percent']:+.2f}%)"
+        for r in rows)])
 
 
 def forecast(f: Forecast, sha: str) -> str:

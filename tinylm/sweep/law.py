@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 
 from tinylm.config import BadInput
-from tinylm.laws.fit import Runs, fit_frontier, fit_surface
-from tinylm.laws.isoflop import exponents, minima
+from tinylm.laws.accounting import Parameters
+from tinylm.laws.fit import fit_frontier, fit_surface
+from tinylm.laws.isoflop import bias, conventions, exponents, minima
+from tinylm.laws.runs import Runs
 
 Record = dict[str, Any]
 
@@ -30,6 +32,7 @@ def runs_of(records: list[Record]) -> tuple[Runs, list[str], str]:
 def fit(records: list[Record]) -> dict[str, Any]:
     """Fit every law to a sweep's records; a law that the runs cannot identify says why."""
     runs, ids, eval_id = runs_of(records)
+    counts = [Parameters(**r["params"]) for r in records if r["status"] == "ok"]
     found = minima(runs)
     kept = [m for m in found if m.bracketed]
     flops, loss = [m.flops for m in kept], [m.loss for m in kept]
@@ -38,6 +41,9 @@ def fit(records: list[Record]) -> dict[str, Any]:
             "bits_per_nat": _bits_per_nat(records),
             "minima": [_finite(m._asdict()) for m in found],
             "exponents": _or_why(lambda: exponents(found)._asdict()),
+            "bias": _or_why(lambda: {"percent": [b._asdict() for b in bias(runs)]}),
+            "conventions": _or_why(lambda: {k: e._asdict()
+                                            for k, e in conventions(runs, counts).items()}),
             "surface": _or_why(lambda: _told(fit_surface(runs))),
             "frontier": _or_why(lambda: _told(fit_frontier(flops, loss, floor=False))),
             "frontier_floor": _or_why(lambda: _told(fit_frontier(flops, loss, floor=True)))}

@@ -1,0 +1,71 @@
+"""Tables of runs: any column names, what is dropped, and bad rows named by file and line."""
+
+import numpy as np
+import pytest
+from test_laws_fit import refused
+
+from tinylm.config import BadInput
+from tinylm.laws.runs import Runs, distinct, drop_worst, read_csv
+
+
+def write(tmp_path, text):
+    path = tmp_path / "runs.csv"
+    path.write_text(text)
+    return path
+
+
+def test_two_of_three_sizes_suffice_and_exact_flops_are_kept(tmp_path):
+    runs = read_csv(write(tmp_path, "params,flops,loss\n10,1200,3\n20,1200,2.9\n"))
+    assert runs.tokens.tolist() == [20, 10] and runs.sigma is None
+    runs = read_csv(write(tmp_path, "N,tokens,loss,sigma\n10,20,3,.1\n"))
+    assert runs.flops.tolist() == [1200] and runs.sigma.tolist() == [0.1]
+    path = write(tmp_path, "tag,N,tokens,C,loss\na,10,20,1500,3\nb,1,1,1,1\n")
+    runs = read_csv(path, {"tag": "a"})
+    assert runs.flops.tolist() == [1500] and len(runs.loss) == 1
+
+
+@pytest.mark.parametrize("text, words", [
+    ("params,tokens,loss\n1,2,3\n1,x,3\n", ("runs.csv:3", "tokens='x'", "number")),
+    ("params,tokens,loss\n1,2,-3\n", ("runs.csv:2", "loss=-3", "above 0")),
+    ("params,tokens,loss\n1,2\n", ("runs.csv:2", "loss=None")),
+    ("params,tokens,loss\n1,2,nan\n", ("runs.csv:2", "loss=nan", "above 0")),
+    ("params,tokens,loss\n1,2,3\n1,2,\n", ("runs.csv:3", "loss=''", "number")),
+    ("params,loss\n1,2\n", ("params, loss", "two of")),
+    ("params,tokens,loss\n", ("no runs",)),
+    ("", ("needs loss",)),
+])
+def test_bad_tables_are_refused_by_file_and_line(tmp_path, text, words):
+    refused(lambda: read_csv(write(tmp_path, text)), *words)
+
+
+def test_a_missing_table_or_column_is_refused(tmp_path):
+    refused(lambda: read_csv(tmp_path / "none.csv"), "none.csv", "cannot be read")
+    path = write(tmp_path, "params,tokens,loss\n1,2,3\n")
+    refused(lambda: read_csv(path, {"tag": "x"}), "no column 'tag'")
+
+
+def test_columns_may_have_any_names(tmp_path):
+    path = write(tmp_path, "size,data,C,err,u\n10,20,1500,3,5\n\n10,40,2400,2.5,5\n")
+    names = {"params": "size", "tokens": "data", "flops": "C", "loss": "err", "unique": "u"}
+    runs = read_csv(path, columns=names)
+    assert [column.tolist() for column in runs if column is not None] == [
+        [10, 10], [20, 40], [1500, 2400], [3, 2.5], [5, 5]]
+    refused(lambda: read_csv(path, columns={"loss": "perplexity"}), "no column 'perplexity'")
+
+
+def test_two_names_of_sizes_make_the_third_by_6nd(tmp_path):
+    path = write(tmp_path, "size,C,loss\n10,1200,3\n")
+    assert read_csv(path, columns={"params": "size"}).tokens.tolist() == [20]
+
+
+def test_rows_that_repeat_are_dropped_and_seeds_are_kept():
+    runs = Runs(*np.array([[1, 1, 1, 2], [5, 5, 5, 6], [30, 30, 30, 72], [3, 3.1, 3, 2]], float))
+    assert distinct(runs).loss.tolist() == [3, 3.1, 2]
+
+
+def test_the_worst_runs_are_dropped_in_place():
+    runs = Runs(*np.array([[1, 2, 3, 4]] * 3 + [[3, 5, 2, 4]], float))
+    assert drop_worst(runs, 2).loss.tolist() == [3, 2]
+    assert drop_worst(runs, 0).loss.tolist() == [3, 5, 2, 4]
+    with pytest.raises(BadInput, match="4 of 4 runs cannot be dropped"):
+        drop_worst(runs, 4)

@@ -1,0 +1,151 @@
+"""Anybody's CSV: what was dropped is said, laws are ranked by forecasts, nonsense is refused."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from test_laws_forms import LAWS, planted
+
+from tinylm import verbs
+from tinylm.config import BadInput
+from tinylm.laws.fit import fit_frontier
+from tinylm.laws.forms import Coupled, Surface
+from tinylm.laws.isoflop import minima
+from tinylm.laws.runs import Runs
+from tinylm.laws.table import cleaned, compare, fit_form, told
+
+SURFACE, COUPLED = LAWS[0], LAWS[1]
+
+
+def scattered(law, count: int = 60, noise: float = 0.0) -> Runs:
+    """Runs of no two equal budgets."""
+    rng = np.random.default_rng(0)
+    params = np.exp(rng.uniform(math.log(1e7), math.log(1e9), count))
+    tokens = params * np.exp(rng.uniform(math.log(3), math.log(300), count))
+    loss = law.loss(params, tokens) * (1 + noise * rng.standard_normal(count))
+    return Runs(params, tokens, 6 * params * tokens, loss)
+
+
+def as_csv(path, runs: Runs, header: str = "size,data,err"):
+    np.savetxt(path, np.stack([runs.params, runs.tokens, runs.loss], axis=1), "%.17g", ",",
+               header=header, comments="")
+    return path
+
+
+def ranked(rows) -> dict[str, dict]:
+    return {row["form"]: row for row in rows}
+
+
+@pytest.mark.parametrize("runs", [planted(COUPLED), scattered(COUPLED)], ids=["grid", "scatter"])
+def test_the_law_that_made_the_runs_ranks_first(runs):
+    rows = compare(runs)
+    surfaces = [row for row in rows if "frontier" not in row["form"] and "power" not in row["form"]]
+    assert surfaces[0]["form"] == "coupled" and surfaces[0]["mean_percent"] < 0.1
+    assert [row["mean_percent"] for row in rows] == sorted(row["mean_percent"] for row in rows)
+    assert ranked(rows)["chinchilla"]["bias_percent"] > 0.1  # it errs high where they couple
+    assert ("frontier" in ranked(rows)) == (len(runs.loss) == 35)
+    assert len({row["forecasts"] for row in rows}) == 1
+
+
+def test_forecasts_are_of_what_lies_above_the_cut_only():
+    runs = planted(SURFACE)
+    runs.loss[28:] *= 1.1  # the last budget is worse by a tenth than the rest say
+    found = ranked(compare(runs))["chinchilla"]
+    assert (found["cuts"], found["forecasts"]) == (2, 3)
+    assert found["worst_percent"] == pytest.approx(100 - 100 / 1.1, abs=0.2)
+    assert found["bias_percent"] == pytest.approx(-2 * found["worst_percent"] / 3, abs=0.2)
+
+
+def test_laws_that_need_more_are_left_out_or_come_last_with_the_reason():
+    runs = planted(SURFACE)
+    assert not {"saturating", "data-constrained"} & set(ranked(compare(runs)))
+    assert "saturating" in ranked(compare(runs, ceiling=7.0))
+    unique = scattered(SURFACE)
+    assert "data-constrained" in ranked(compare(unique._replace(unique=unique.tokens)))
+    eight = ranked(compare(scattered(SURFACE, 9)))
+    assert "fit" in eight["kaplan"].get("refused", "fit")
+    last = compare(scattered(SURFACE, 9))[-1]
+    assert "different runs cannot give a coupled's 6 numbers" in last["refused"]
+    with pytest.raises(BadInput, match="all runs have one budget"):
+        compare(runs.keep(slice(7)))
+
+
+def test_frontiers_go_through_the_minima():
+    runs = planted(SURFACE)
+    floor, line = fit_form(runs, "frontier").law, fit_form(runs, "power-law").law
+    assert line.E == 0 < floor.E
+    assert floor.loss(1e21) == pytest.approx(SURFACE.optimum(1e21)[2], rel=0.01)
+    assert line.loss(1e21) < floor.loss(1e21)
+    last = minima(runs)[-4:]
+    four = fit_frontier([m.flops for m in last], [m.loss for m in last], floor=False).law
+    assert fit_form(runs, "power-law-last4").law == four != line
+
+
+def test_a_fit_is_told_with_its_errors():
+    fit = fit_form(scattered(SURFACE, noise=0.01), "chinchilla")
+    out = told(fit, resamples=40)
+    assert out["law"]["alpha"] == fit.law.alpha and "bootstrap" not in told(fit)
+    alpha = out["bootstrap"]["constants"]["alpha"]
+    assert alpha["low95"] < fit.law.alpha < alpha["high95"] and 0.001 < alpha["sd"] < 0.1
+    assert json.loads(json.dumps(out))["runs"] == 60
+    with pytest.raises(BadInput, match="resamples=2000000 is not within 1 to"):
+        told(fit, resamples=2_000_000)
+    with pytest.raises(BadInput, match="delta=0 is not within"):
+        fit_form(scattered(SURFACE), "chinchilla", delta=0)
+    with pytest.raises(BadInput, match="ceiling=1 is not within"):
+        fit_form(scattered(SURFACE), "saturating", ceiling=1)
+
+
+def test_what_is_dropped_is_said(tmp_path):
+    runs = scattered(SURFACE)
+    path = as_csv(tmp_path / "runs.csv", runs.keep([*range(60), 3, 3, 7]))
+    names = {"params": "size", "tokens": "data", "loss": "err"}
+    kept, said = cleaned(path, names, worst=2)
+    worst = np.sort(runs.loss)[-2:]
+    assert len(kept.loss) == 58 and kept.loss.max() < worst.min()
+    assert said == ["dropped 3 rows that repeat an earlier row in every number",
+                    f"dropped the 2 largest losses, {worst.min():.4g} nats and above"]
+    assert cleaned(path, names)[1] == said[:1]
+
+
+def test_any_csv_is_fitted_and_compared_by_the_verb(tmp_path, capsys):
+    path = as_csv(tmp_path / "runs.csv", scattered(COUPLED, noise=1e-3))
+    names = {"params_col": "size", "tokens_col": "data", "loss_col": "err"}
+    verbs.fit(path, form="coupled", drop_worst=1, bootstrap=20, json=True, **names)
+    out = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert Coupled(**out["law"]).loss(1e9, 2e10) == pytest.approx(COUPLED.loss(1e9, 2e10), rel=0.01)
+    assert out["runs"] == 59 and len(out["dropped"]) == 1 and "sd" in str(out["bootstrap"])
+    verbs.fit(path, bootstrap=20, objective="ls", drop_worst=1, **names)
+    said = capsys.readouterr().out
+    assert said.startswith("dropped the 1 largest losses")
+    assert "alpha = 0." in said and "(sd 0.0" in said and "of 8 starts agree" in said
+    verbs.fit(path, compare=True, drop_worst=1, **names)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("dropped the 1 largest") and said[1].startswith("coupled: 0.")
+    verbs.fit(path, compare=True, json=True, **names)
+    assert json.loads(capsys.readouterr().out)["ranked"][0]["form"] == "coupled"
+
+
+def test_a_hundred_thousand_rows_are_read_fitted_and_compared(tmp_path, capsys):
+    path = as_csv(tmp_path / "runs.csv", scattered(SURFACE, 100_000, 0.01), "N,D,loss")
+    verbs.fit(path, json=True)
+    out = json.loads(capsys.readouterr().out)
+    assert out["runs"] == 100_000
+    assert Surface(**out["law"]).loss(1e9, 2e10) == pytest.approx(SURFACE.loss(1e9, 2e10), rel=1e-3)
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda r: r._replace(loss=r.loss - 9), "above 0"),
+    (lambda r: r._replace(loss=np.where(r.loss == r.loss[4], np.nan, r.loss)), ":6 has err=nan"),
+    (lambda r: r._replace(params=r.params[:1] + 0 * r.params, tokens=r.tokens[:1] + 0 * r.tokens),
+     "1 different runs cannot give"),
+    (lambda r: r._replace(params=1e17 / r.tokens), "one budget"),
+    (lambda r: r.keep([0, 1] * 9), "2 different runs cannot give"),
+    (lambda r: r._replace(tokens=20 * r.params), "20 tokens a parameter"),
+])
+def test_tables_that_say_nothing_give_a_sentence_and_no_number(tmp_path, capsys, change, words):
+    path = as_csv(tmp_path / "runs.csv", change(scattered(SURFACE)))
+    with pytest.raises(BadInput, match=words) as caught:
+        verbs.fit(path, params_col="size", tokens_col="data", loss_col="err")
+    assert "\n" not in str(caught.value) and capsys.readouterr().out == ""

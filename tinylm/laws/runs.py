@@ -1,0 +1,119 @@
+"""A table of finished runs: from anybody's CSV, checked, with what was dropped said."""
+
+import csv
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from tinylm.config import BadInput
+from tinylm.laws.accounting import six_nd
+
+SIZES = ("params", "tokens", "flops")
+NAMES = {"params": ("params", "N", "Model Size"), "tokens": ("tokens", "D"),
+         "flops": ("flops", "C", "Training FLOP", "budget"), "loss": ("loss",),
+         "sigma": ("sigma",), "unique": ("unique",)}
+
+
+class Runs(NamedTuple):
+    """A table of finished runs: counts, and the loss in nats per token."""
+
+    params: np.ndarray
+    tokens: np.ndarray
+    flops: np.ndarray
+    loss: np.ndarray
+    sigma: np.ndarray | None = None  # run-to-run standard deviation of the loss, nats
+    unique: np.ndarray | None = None  # different tokens seen; more tokens than that are repeats
+
+    def keep(self, mask) -> "Runs":
+        """Give the runs at a mask or at indices."""
+        return Runs(*(None if column is None else column[mask] for column in self))
+
+
+def read_csv(path: Path, only: dict[str, str] | None = None,
+             columns: dict[str, str] | None = None) -> Runs:
+    """Read runs with params, tokens, flops (two suffice, by 6ND) and loss, maybe sigma, unique.
+
+    `only` keeps the rows whose columns have the given texts; `columns` names the columns that
+    have other names than NAMES knows. A bad row raises BadInput by file:line.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            table = csv.reader(file)
+            header = next(table, [])
+            at = _places(path, header, columns or {}, only or {})
+            keys = [(header.index(k), v) for k, v in (only or {}).items()]
+            rows = [(table.line_num, [row[i] if i < len(row) else None for i in at.values()])
+                    for row in table if row and all(row[i] == v for i, v in keys)]
+    except (OSError, UnicodeDecodeError, csv.Error) as bad:
+        raise BadInput(f"{path} cannot be read ({bad}); give a CSV of runs") from None
+    if not rows:
+        raise BadInput(f"{path} has no runs{f' with {only}' if only else ''}; give at least one")
+    lines, cells = zip(*rows, strict=True)
+    got = {key: _column(path, lines, texts, header[at[key]])
+           for key, texts in zip(at, zip(*cells, strict=True), strict=True)}
+    if "params" not in got:
+        got["params"] = got["flops"] / six_nd(1, got["tokens"])
+    if "tokens" not in got:
+        got["tokens"] = got["flops"] / six_nd(got["params"], 1)
+    return Runs(**{"flops": six_nd(got["params"], got["tokens"]), **got})
+
+
+def distinct(runs: Runs) -> Runs:
+    """Drop rows that repeat an earlier one in every number; seeds differ in loss and stay."""
+    rows = np.stack([column for column in runs if column is not None], axis=1)
+    return runs.keep(np.sort(np.unique(rows, axis=0, return_index=True)[1]))
+
+
+def drop_worst(runs: Runs, count: int) -> Runs:
+    """Drop the runs of the `count` largest losses; the rest keep their order."""
+    if not 0 <= count < len(runs.loss):
+        raise BadInput(f"{count} of {len(runs.loss)} runs cannot be dropped; drop fewer")
+    return runs.keep(np.sort(np.argsort(runs.loss, kind="stable")[:len(runs.loss) - count]))
+
+
+def check_values(**columns) -> None:
+    """Refuse (BadInput) a column with a number that is not finite and above 0, by its place."""
+    for name, column in columns.items():
+        bad = ~(np.isfinite(column) & (column > 0))
+        if bad.any():
+            at = int(bad.argmax())
+            raise BadInput(f"{name}[{at}] is {column[at]}; it must be finite and above 0, "
+                           "drop that run")
+
+
+def _places(path, header, columns, only):
+    """Give the place in a row of each quantity that the table has."""
+    for name in (*columns.values(), *only):
+        if name not in header:
+            raise BadInput(f"{path} has no column {name!r}; it has {', '.join(header)}")
+    known = {key: [columns[key]] if key in columns else names for key, names in NAMES.items()}
+    at = {key: next((header.index(n) for n in names if n in header), None)
+          for key, names in known.items()}
+    at = {key: place for key, place in at.items() if place is not None}
+    if "loss" not in at or sum(size in at for size in SIZES) < 2:
+        raise BadInput(f"{path} has columns {', '.join(header)}; it needs loss and two of "
+                       "params, tokens, flops")
+    return at
+
+
+def _column(path, lines, texts, name):
+    try:
+        values = np.array(texts, dtype=float)
+        bad = ~(np.isfinite(values) & (values > 0))
+        remedy = "a finite number above 0"
+    except ValueError:
+        bad, remedy = np.array([not _is_number(text) for text in texts]), "a number"
+        texts = [repr(text) for text in texts]
+    if bad.any():
+        i = int(bad.argmax())
+        raise BadInput(f"{path}:{lines[i]} has {name}={texts[i]}; give {remedy} or drop the row")
+    return values
+
+
+def _is_number(text):
+    try:
+        return not math.isnan(float(text or "nan"))
+    except ValueError:
+        return False

@@ -1,0 +1,123 @@
+"""Fit anybody's table of runs by the name of a law, and rank the laws by what they forecast."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from tinylm.config import BadInput
+from tinylm.laws.fit import Estimator, Fit, fit_frontier, fit_law, resample
+from tinylm.laws.forms import (
+    Coupled,
+    DataConstrained,
+    Kaplan,
+    OverTraining,
+    Saturating,
+    Surface,
+)
+from tinylm.laws.isoflop import Minimum, minima
+from tinylm.laws.runs import Runs, distinct, drop_worst, read_csv
+
+Form = Literal["chinchilla", "coupled", "saturating", "kaplan", "overtraining", "data-constrained",
+               "frontier", "power-law", "power-law-last4"]
+SURFACES = {"chinchilla": Surface, "coupled": Coupled, "saturating": Saturating, "kaplan": Kaplan,
+            "overtraining": OverTraining, "data-constrained": DataConstrained}
+FRONTIERS = ("frontier", "power-law", "power-law-last4")
+COMPARED = 5000
+CUTS = (0.5, 0.6, 0.7, 0.8, 0.9)  # of the runs by compute, where there are no isoFLOP minima
+
+
+def cleaned(path: Path, columns: dict[str, str], worst: int = 0) -> tuple[Runs, list[str]]:
+    """Read a CSV (see read_csv), drop repeated rows and the `worst` losses; say what went."""
+    runs, said = read_csv(path, columns=columns), []
+    kept = distinct(runs)
+    if repeats := len(runs.loss) - len(kept.loss):
+        said.append(f"dropped {repeats} rows that repeat an earlier row in every number")
+    if worst:
+        least = np.sort(kept.loss)[-worst:].min()
+        kept = drop_worst(kept, worst)
+        said.append(f"dropped the {worst} largest losses, {least:.4g} nats and above")
+    return kept, said
+
+
+def fit_form(runs: Runs, form: Form, estimator: Estimator = "huber", delta: float = 1e-3,
+             ceiling: float = 0.0) -> Fit:
+    """Fit a law by name; those of the frontier go through the bracketed isoFLOP minima.
+
+    `ceiling`, nats, is for the saturating law. Frontiers are fitted by least squares on log loss.
+    """
+    if form not in FRONTIERS:
+        given = {"ceiling": ceiling} if form == "saturating" and ceiling else {}
+        return fit_law(runs, SURFACES[form], estimator, delta, **given)
+    return _fit_minima([m for m in minima(runs) if m.bracketed], form)
+
+
+def told(fit: Fit, resamples: int = 0) -> dict[str, Any]:
+    """Give a fit as plain values; with `resamples`, standard deviation and 95% by constant."""
+    out = {"law": vars(fit.law), "objective": fit.objective, "runs": len(fit.residuals),
+           "residual_sd": float(fit.residuals.std()), "certificate": fit.certificate}
+    if resamples:
+        refits = resample(fit, resamples)
+        low, high = np.percentile(refits, [2.5, 97.5], axis=0)
+        rows = zip(fit.law.names(), refits.std(axis=0), low, high, strict=True)
+        out["bootstrap"] = {"resamples": resamples, "constants": {
+            name: {"sd": float(sd), "low95": float(a), "high95": float(b)}
+            for name, sd, a, b in rows}}
+    return out
+
+
+def compare(runs: Runs, estimator: Estimator = "huber", delta: float = 1e-3,
+            ceiling: float = 0.0) -> list[dict[str, Any]]:
+    """Rank the laws by rolling-origin error: fit below a cut of compute, forecast what lies above.
+
+    Cuts (16 at most) and targets are the bracketed isoFLOP minima where there are 5 or more, with
+    3 below the first cut; else quantiles of the runs' FLOPs and every run above, and frontiers
+    are left out. Of more than COMPARED runs, every n-th by compute is taken. Errors are percent
+    of the loss, over the same targets for all; a law that some cut cannot identify comes last.
+    """
+    if len(runs.loss) > COMPARED:
+        picked = np.linspace(0, len(runs.loss) - 1, COMPARED).astype(int)
+        runs = runs.keep(np.argsort(runs.flops, kind="stable")[picked])
+    found = [m for m in minima(runs) if m.bracketed]
+    if len(found) >= 5:
+        cuts = np.unique(np.linspace(2, len(found) - 2, 16).astype(int))
+        splits = [(runs.keep(runs.flops <= 1.03 * found[i].flops), found[:i + 1],
+                   _columns(found[i + 1:])) for i in cuts]
+    else:
+        ends = np.unique(np.quantile(runs.flops, CUTS, method="nearest"))
+        splits = [(runs.keep(runs.flops <= end), [], runs.keep(runs.flops > end)) for end in ends]
+        splits = [split for split in splits if len(split[2].loss)]
+    if not splits:
+        raise BadInput("all runs have one budget; laws are compared over 2 or more")
+    forms = [*SURFACES, *(FRONTIERS if len(found) >= 5 else ())]
+    if not ceiling:
+        forms.remove("saturating")
+    if runs.unique is None or len(found) >= 5:  # a minimum has no number of unique tokens
+        forms.remove("data-constrained")
+    rows = [_rolled(splits, form, estimator, delta, ceiling) for form in forms]
+    return sorted(rows, key=lambda row: ("refused" in row, row.get("mean_percent", 0.0)))
+
+
+def _rolled(splits, form, estimator, delta, ceiling):
+    errors = []
+    for below, bottoms, above in splits:
+        try:
+            law = (_fit_minima(bottoms, form) if form in FRONTIERS
+                   else fit_form(below, form, estimator, delta, ceiling)).law
+        except BadInput as refusal:
+            return {"form": form, "refused": f"below {below.flops.max():.3g} FLOPs: {refusal}"}
+        table = above._asdict()
+        errors.append(law.loss(*(table[name] for name in law.columns)) / above.loss - 1)
+    off = 100 * np.concatenate(errors)
+    return {"form": form, "cuts": len(splits), "forecasts": len(off),
+            "mean_percent": float(np.abs(off).mean()), "worst_percent": float(np.abs(off).max()),
+            "bias_percent": float(off.mean())}
+
+
+def _fit_minima(found: list[Minimum], form):
+    found = found[-4:] if form == "power-law-last4" else found
+    return fit_frontier([m.flops for m in found], [m.loss for m in found], form == "frontier")
+
+
+def _columns(found: list[Minimum]) -> Runs:
+    return Runs(*(np.array([m[i] for m in found]) for i in (1, 2, 0, 3)))
