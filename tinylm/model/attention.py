@@ -18,10 +18,10 @@ LONG, BLOCKS = 256, 4
 
 
 class KeyValue(NamedTuple):
-    """One layer's keys and values of the S positions decoded so far (or all layers', stacked)."""
+    """One layer's keys and values of S positions."""
 
-    k: Float[Array, "*layers B S G K"]
-    v: Float[Array, "*layers B S G K"]
+    k: Float[Array, "B S G K"]
+    v: Float[Array, "B S G K"]
 
 
 class Attention(nnx.Module):

@@ -6,6 +6,7 @@ layers stacked on a leading axis.
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -127,14 +128,14 @@ class Decoder(nnx.Module):
         return self.head(x)
 
     def extend(
-        self, tokens: Int[Array, "B T"], cache: KeyValue, start: Array | int,
+        self, tokens: Int[Array, "B T"], cache: Sequence[KeyValue], start: Array | int,
         begin: Int[Array, "B"],
-    ) -> tuple[Float[Array, "B T V"], KeyValue]:
-        """Read tokens at cache slots start..start+T-1, attending to slots from `begin` on.
+    ) -> tuple[Float[Array, "B T V"], tuple[KeyValue, ...]]:
+        """Read tokens at slots start..start+T-1 of the layers' caches, seeing slots from `begin`.
 
         `begin` (rows padded on the left start later) also is where a row's positions count from.
         """
-        T, S = tokens.shape[1], cache.k.shape[2]
+        T, S = tokens.shape[1], cache[0].k.shape[1]
         slots = start + jnp.arange(T)
         visible = (slots[:, None] >= jnp.arange(S)[None, :])[None]
         visible = visible & (jnp.arange(S)[None, None, :] >= begin[:, None, None])
@@ -153,18 +154,14 @@ class Decoder(nnx.Module):
         dtype = jnp.dtype("bfloat16" if c.compute == "bf16" else "float32")
         x = self.embed_tokens(tokens, dtype)
 
-        def body(x, layer):
-            block, kept = layer
-            x, fresh = block(x, turn, visible, kept, start)
-            return x, fresh if cache is not None else None
-
-        if not unroll:
-            return jax.lax.scan(body, x, (self.layers, cache))
-        kept = []
+        if not unroll and cache is None:
+            return jax.lax.scan(lambda x, block: (block(x, turn, visible)[0], None), x, self.layers)
+        fresh = []
         for l in range(c.L):
-            x, fresh = body(x, jax.tree.map(lambda a, l=l: a[l], (self.layers, cache)))
-            kept.append(fresh)
-        return x, None if cache is None else jax.tree.map(lambda *a: jnp.stack(a), *kept)
+            block = jax.tree.map(lambda a, l=l: a[l], self.layers)
+            x, kept = block(x, turn, visible, cache[l] if cache is not None else None, start)
+            fresh.append(kept)
+        return x, tuple(fresh)
 
 
 def build(c: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:

@@ -26,7 +26,7 @@ BUCKET = 16
 class Decoding(NamedTuple):
     """Where a batch of rows is: the cache, the logits of the next token, and who has stopped."""
 
-    cache: KeyValue
+    cache: tuple[KeyValue, ...]
     logits: Float[Array, "B V"]
     slot: Int[Array, ""]
     begin: Int[Array, "B"]
@@ -52,9 +52,9 @@ def prefill(config: ModelConfig, params: Params, prompts: Sequence[np.ndarray]) 
 @functools.partial(jax.jit, static_argnums=0)
 def _prefill(config: ModelConfig, params: Params, rows: Array, begin: Array) -> Decoding:
     B = rows.shape[0]
-    shape = (config.L, B, config.T, config.groups, config.head_width)
+    shape = (B, config.T, config.groups, config.head_width)
     dtype = jnp.bfloat16 if config.compute == "bf16" else jnp.float32
-    cache = KeyValue(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    cache = [KeyValue(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.L)]
     logits, cache = rebuild(config, params).extend(rows, cache, jnp.int32(0), begin)
     return Decoding(cache, logits[:, -1], jnp.int32(rows.shape[1]), begin, jnp.zeros(B, bool))
 
