@@ -117,7 +117,7 @@ def test_captured_queries_and_keys_give_the_captured_weights(groups):
     tokens = np.asarray(jax.random.randint(jax.random.key(3), (20,), 6, config.V))
     inside = capture(config, drawn(config), tokens)
     for head in range(2):
-        k = np.asarray(inside.k[:, :, head * groups // 2], np.float64)
+        k = np.asarray(inside.k[:, head * groups // 2], np.float64)
         scores = np.einsum("ltk,lsk->lts", inside.q[:, :, head], k) / np.sqrt(config.head_width)
         scores = np.where(np.tri(20, dtype=bool), scores, -np.inf)
         weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)

@@ -71,7 +71,7 @@ def test_scanned_layers_equal_unrolled_ones(groups, tied):
 def test_cached_decode_equals_the_full_forward_pass(groups):
     config = ModelConfig(V=50, D=16, L=2, H=2, G=groups, T=24)
     params, x = drawn(config), tokens(config)
-    empty = jnp.zeros((2, config.T, groups, config.head_width))
+    empty = jnp.zeros((2, groups, config.T, config.head_width))
     cache, begin = (KeyValue(empty, empty),) * 2, jnp.zeros(2, jnp.int32)
     parts, start = [], 0
     for width in (9, 1, 1, 5, 8):

@@ -7,7 +7,7 @@ from test_model_decoder import SMALL, drawn, forward
 
 from tinylm.config import BadInput
 from tinylm.model.decoder import ModelConfig
-from tinylm.model.generate import CONTROL, sample, stream
+from tinylm.model.generate import CONTROL, draw, sample, stream
 from tinylm.text import tokenizer
 
 PROMPT = np.array([1, 20, 30, 40], np.int32)
@@ -62,6 +62,17 @@ def test_sampled_frequencies_are_the_softmax(params):
     padded = np.array([list(PROMPT) + [0] * (SMALL.T - 4)], np.int32)
     p = np.asarray(jax.nn.softmax(forward(SMALL, params, padded)[0, 3]))
     assert np.abs(counts - p).sum() / 2 < 0.06
+
+
+@pytest.mark.parametrize("V", [50, 384])
+def test_drawn_tokens_follow_the_softmax_and_never_an_impossible_one(V):
+    logits = np.random.default_rng(0).normal(0, 2, V).astype(np.float32)
+    logits[::3] = -1e30
+    found = np.asarray(jax.jit(draw)(np.tile(logits, (200_000, 1)), jax.random.key(1)))
+    p = np.asarray(jax.nn.softmax(logits))
+    counts = np.bincount(found, minlength=V) / len(found)
+    assert not counts[::3].any()
+    assert (np.abs(counts - p) <= 5 * np.sqrt(p / len(found)) + 1e-9).all()
 
 
 def test_control_ids_are_those_of_the_tokenizer():

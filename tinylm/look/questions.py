@@ -81,7 +81,7 @@ def query_key(study: Study) -> str:
     l, h = np.unravel_index(back.max(-1).mean(-1).argmax(), back.shape[:2])
     t, s = np.unravel_index(back[l, h].argmax(), back.shape[2:])
     weights, K = inside.weights[l, h], config.head_width
-    q, keys = inside.q[l, t, h], inside.k[l, : t + 1, h * config.groups // config.H]
+    q, keys = inside.q[l, t, h], inside.k[l, h * config.groups // config.H, : t + 1]
     dot, scores = float(keys[s] @ q), keys @ q / math.sqrt(K)
     total, most, name = np.exp(scores).sum(), min(K, 8), f"layer {l + 1}, head {h + 1}"
     title = f"{name}: “{words[t]}” gives “{words[s]}” a weight of {weights[t, s]:.2f}"

@@ -22,7 +22,7 @@ class Insides(NamedTuple):
     """What one text does inside a model."""
 
     q: Float[Array, "L T H K"]
-    k: Float[Array, "L S G K"]
+    k: Float[Array, "L G S K"]
     weights: Float[Array, "L H T S"]
     logits: Float[Array, "T V"]
 

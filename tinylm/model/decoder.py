@@ -135,7 +135,7 @@ class Decoder(nnx.Module):
 
         `begin` (rows padded on the left start later) also is where a row's positions count from.
         """
-        T, S = tokens.shape[1], cache[0].k.shape[1]
+        T, S = tokens.shape[1], cache[0].k.shape[2]
         slots = start + jnp.arange(T)
         visible = (slots[:, None] >= jnp.arange(S)[None, :])[None]
         visible = visible & (jnp.arange(S)[None, None, :] >= begin[:, None, None])
