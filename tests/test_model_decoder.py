@@ -31,7 +31,8 @@ def forward(config, params, x, unroll=True, segments=None):
 @functools.partial(jax.jit, static_argnums=0)
 def extend(config, params, *rest):
     """One cached step, compiled."""
-    return rebuild(config, params).extend(*rest)
+    model = rebuild(config, params)
+    return model.extend(model.blocks(), *rest)
 
 
 def tokens(config: ModelConfig, B: int = 2, seed: int = 3):

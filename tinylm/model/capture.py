@@ -43,8 +43,7 @@ def _capture(config, params, tokens):
     dtype = jnp.dtype("bfloat16" if config.compute == "bf16" else "float32")
     x = model.embed_tokens(tokens[None], dtype)
     kept = []
-    for l in range(config.L):
-        block = jax.tree.map(lambda a, l=l: a[l], model.layers)
+    for block in model.blocks():
         q, k, _ = block.self_attn.project(block.input_layernorm(x), turn)
         weights_HTS = weigh(q, k, visible)[0].reshape(config.H, len(tokens), len(tokens))
         kept.append((q[0], k[0], weights_HTS))

@@ -124,12 +124,21 @@ class Decoder(nnx.Module):
             visible = visible & (segments[:, :, None] == segments[:, None, :])
             fresh = jnp.diff(segments, axis=1, prepend=-1) != 0
             positions = index[None] - jax.lax.cummax(jnp.where(fresh, index[None], 0), axis=1)
-        x, _ = self._through(tokens, positions, visible, None, 0, unroll)
+        turn, x = self._begin(tokens, positions)
+        if not unroll:
+            x, _ = jax.lax.scan(lambda x, block: (block(x, turn, visible)[0], None), x, self.layers)
+            return self.head(x)
+        for block in self.blocks():
+            x, _ = block(x, turn, visible)
         return self.head(x)
 
+    def blocks(self) -> list[Block]:
+        """Give the layers one by one (cut them once, outside a loop that uses them)."""
+        return [jax.tree.map(lambda a, l=l: a[l], self.layers) for l in range(self.config.L)]
+
     def extend(
-        self, tokens: Int[Array, "B T"], cache: Sequence[KeyValue], start: Array | int,
-        begin: Int[Array, "B"],
+        self, blocks: Sequence[Block], tokens: Int[Array, "B T"], cache: Sequence[KeyValue],
+        start: Array | int, begin: Int[Array, "B"],
     ) -> tuple[Float[Array, "B T V"], tuple[KeyValue, ...]]:
         """Read tokens at slots start..start+T-1 of the layers' caches, seeing slots from `begin`.
 
@@ -140,28 +149,23 @@ class Decoder(nnx.Module):
         visible = (slots[:, None] >= jnp.arange(S)[None, :])[None]
         visible = visible & (jnp.arange(S)[None, None, :] >= begin[:, None, None])
         positions = jnp.maximum(slots[None, :] - begin[:, None], 0)
-        x, cache = self._through(tokens, positions, visible, cache, start, True)
-        return self.head(x), cache
+        turn, x = self._begin(tokens, positions)
+        fresh = []
+        for block, old in zip(blocks, cache, strict=True):
+            x, new = block(x, turn, visible, old, start)
+            fresh.append(new)
+        return self.head(x), tuple(fresh)
 
     def head(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Turn the residual stream into logits."""
         table = self.embed_tokens if self.config.tied else self.lm_head
         return table.logits(self.norm(x))
 
-    def _through(self, tokens, positions, visible, cache, start, unroll):
+    def _begin(self, tokens, positions):
         c = self.config
-        turn = rotation(positions, c.T, c.head_width, c.rope_theta)
         dtype = jnp.dtype("bfloat16" if c.compute == "bf16" else "float32")
-        x = self.embed_tokens(tokens, dtype)
-
-        if not unroll and cache is None:
-            return jax.lax.scan(lambda x, block: (block(x, turn, visible)[0], None), x, self.layers)
-        fresh = []
-        for l in range(c.L):
-            block = jax.tree.map(lambda a, l=l: a[l], self.layers)
-            x, kept = block(x, turn, visible, cache[l] if cache is not None else None, start)
-            fresh.append(kept)
-        return x, tuple(fresh)
+        return (rotation(positions, c.T, c.head_width, c.rope_theta),
+                self.embed_tokens(tokens, dtype))
 
 
 def build(c: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:

@@ -57,7 +57,8 @@ def _prefill(config: ModelConfig, params: Params, rows: Array, begin: Array) -> 
     shape = (B, config.groups, config.T, config.head_width)
     dtype = jnp.bfloat16 if config.compute == "bf16" else jnp.float32
     cache = [KeyValue(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.L)]
-    logits, cache = rebuild(config, params).extend(rows, cache, jnp.int32(0), begin)
+    model = rebuild(config, params)
+    logits, cache = model.extend(model.blocks(), rows, cache, jnp.int32(0), begin)
     return Decoding(cache, logits[:, -1], jnp.int32(rows.shape[1]), begin, jnp.zeros(B, bool))
 
 
@@ -71,6 +72,7 @@ def decode(
     Stops early when every row has sampled an id below `ends` or the context is full.
     """
     model = rebuild(config, params)
+    blocks = model.blocks()
     out = jnp.zeros((state.stopped.shape[0], count), jnp.int32)
 
     def going(carry):
@@ -84,7 +86,8 @@ def decode(
             lambda logits: draw(logits / temperature, jax.random.fold_in(key, state.slot)),
             lambda logits: jnp.argmax(logits, axis=-1).astype(jnp.int32), state.logits)
         token = jnp.where(state.stopped, 0, token)
-        logits, cache = model.extend(token[:, None], state.cache, state.slot, state.begin)
+        logits, cache = model.extend(blocks, token[:, None], state.cache, state.slot,
+                                     state.begin)
         stopped = state.stopped | (token < ends)
         fresh = Decoding(cache, logits[:, 0], state.slot + 1, state.begin, stopped)
         return fresh, out.at[:, n].set(token), n + 1
