@@ -12,14 +12,14 @@ class RateRule:
     """lr (at width 64) = lr0 (tokens / tokens0)^-horizon.
 
     At 4e5 tokens the best rates are 5e-3 to 7e-3 from width 8 to 160 (results/lr_by_width.json), at
-    2e6 tokens half of 8e-3 beat it by a little (LOG.md): about a fifth power of the horizon.
+    2e6 tokens half of 8e-3 beat it by a little (LOG.md): the basin is flat and falls with length.
     """
 
-    lr0: float = 6e-3
+    lr0: float = 7e-3
     """peak rate at tokens0"""
     tokens0: float = 7e5
     """tokens of the run that lr0 was tuned on"""
-    horizon: float = 0.2
+    horizon: float = 0.15
     """exponent by which longer runs want smaller rates"""
 
     def __post_init__(self):
@@ -87,7 +87,7 @@ LAPTOP = Study(
 OVERNIGHT = Study(
     name="overnight", budgets=(4e12, 1.1e13, 3e13, 8e13, 2e14), target=1.2e15,
     widths=tuple(range(48, 800, 16)), base=ModelConfig(V=2048, L=4, H=4, T=256), batch=2048,
-    rule=RateRule(lr0=1.2e-2), tuning=(4e12, 1.1e13, 3e13), position_flops=1e12, sft_steps=2000)
+    rule=RateRule(lr0=1.4e-2), tuning=(4e12, 1.1e13, 3e13), position_flops=1e12, sft_steps=2000)
 
 ACCELERATOR = Study(
     name="accelerator", budgets=(6e14, 1.9e15, 6e15, 1.9e16, 6e16), target=4e17,
