@@ -3,10 +3,11 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tinylm.look import progress
-from tinylm.sweep import law
+from tinylm.sweep import cells, law
 
 SWEEP = Path(__file__).parents[1] / "experiments" / "results" / "laptop" / "sweep"
 
@@ -22,3 +23,10 @@ def test_the_recorded_sweep_is_fitted_with_its_bias_and_three_counts():
     said = progress.law(fitted)
     assert "the parabola misplaces the best size by up to +" in said
     assert "exponent by convention: blocks exact 0.844, blocks 6nd 0.651" in said
+
+
+def test_a_wild_exponent_does_not_choose_a_wild_target():
+    for a, used in ((0.5, 0.5), (1.4, 0.7), (-0.2, 0.35)):
+        fitted = {"minima": [{"flops": 1e9}, {"flops": 1e10}],
+                  "exponents": {"log_params": 2.0 - a * np.log(1e10), "a": a}}
+        assert np.log(cells.best_params(fitted, 1e11)) == pytest.approx(2 + used * np.log(10))

@@ -14,6 +14,9 @@ from tinylm.sweep.presets import RateRule, Study
 from tinylm.text.shards import Dataset
 from tinylm.train.optim import OptimConfig
 
+PLAUSIBLE = (0.35, 0.7)
+"""exponents of the best size by compute: what published studies span, by every convention"""
+
 
 def ladder(base: ModelConfig, widths: Sequence[int]) -> list[ModelConfig]:
     """Give one model a width; everything else stays or follows from the width."""
@@ -80,9 +83,16 @@ def best_target(models: Sequence[ModelConfig], fitted: dict[str, Any], study: St
 
 
 def best_params(fitted: dict[str, Any], flops: float) -> float:
-    """Give the parameters of least loss at a budget by the fitted exponents, else by the pilot."""
+    """Give the parameters of least loss at a budget by the fitted exponents, else by the pilot.
+
+    From the largest budget of the sweep on, an exponent outside PLAUSIBLE counts as its end.
+    """
     e = fitted["exponents"]
-    return centre(flops) if "refused" in e else math.exp(e["log_params"] + e["a"] * math.log(flops))
+    if "refused" in e:
+        return centre(flops)
+    last = math.log(max(m["flops"] for m in fitted["minima"]))
+    a = min(max(e["a"], PLAUSIBLE[0]), PLAUSIBLE[1])
+    return math.exp(e["log_params"] + e["a"] * last + a * (math.log(flops) - last))
 
 
 def name(config: PretrainConfig) -> str:
