@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tinylm.laws import forecast
 from tinylm.look import progress
 from tinylm.sweep import law
 
@@ -22,3 +23,20 @@ def test_the_recorded_sweep_is_fitted_with_its_bias_and_three_counts():
     said = progress.law(fitted)
     assert "the parabola misplaces the best size by up to +" in said
     assert "exponent by convention: blocks exact 0.844, blocks 6nd 0.651" in said
+
+
+def test_rates_best_at_an_edge_are_said_before_the_forecast():
+    def tried(lr, loss):
+        return {"config": {"model": {"D": 16}, "steps": 9, "optim": {"lr": lr}},
+                "loss": {"nats_per_token": loss}}
+
+    edge = law.tuning_verdict([tried(1e-3, 4.0), tried(2e-3, 3.9), tried(4e-3, 3.8)])
+    warning = law.tuning_gate(edge)
+    assert "0.004 of 0.001 to 0.004 at width 16" in warning
+    assert law.tuning_gate(law.tuning_verdict(
+        [tried(1e-3, 4.0), tried(2e-3, 3.8), tried(4e-3, 3.9)])) == ""
+    assert "no learning rates were compared" in law.tuning_gate([])
+    made = forecast.Forecast(2, "n", 1e9, 1.0, 1.0, 3.0, 2.9, 3.1, {}, {}, "", {}, "held 7 of 9",
+                             warning, 3.0, (), "e")
+    said = progress.forecast(made, "0" * 64).splitlines()
+    assert said[0] == f"WARNING: {warning}" and said[-1] == "held 7 of 9"

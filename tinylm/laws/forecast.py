@@ -104,7 +104,7 @@ def make(runs: Runs, ids: list[str], target_flops: float, target_params: float,
         found = intervals.parts(blended, target, sigma, resamples, seed, clusters)
         predicted, off, coverage = (blended.predicted(target), found._asdict(),
                                     intervals.coverage_told())
-        width = intervals.shipped()["multiplier"] * found.scale
+        width = intervals.half_width(found)
         straight = naive(blended.found, target.flops)
     used = sorted((str(i), float(loss)) for i, loss in zip(ids, runs.loss, strict=True))
     return Forecast(SCHEMA, name, *target, predicted, predicted * math.exp(-width),
