@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import calibrate_intervals, simulate_intervals
+from experiments import calibrate_intervals, pilot_miss, simulate_intervals
 from tinylm import files
 from tinylm.config import BadInput, to_json
 from tinylm.laws import blend, forecast, intervals
@@ -238,9 +238,11 @@ def test_the_shipped_calibration_is_that_of_the_recorded_rows():
 
 def test_a_study_is_left_out_with_its_family():
     rows = calibrate_intervals.read_rows(RESULTS / "calibrate_intervals.csv")
-    kept = [r for r in rows if not r.study.startswith("marin")]
+    rows = [r for r in rows if r.study in ("marin-comma", "marin-dclm", "chinchilla")]
+    alone = [r for r in rows if r.study == "chinchilla"]
     found = calibrate_intervals.left_out(rows)
-    assert found["marin-dclm"] == intervals.multiplier(*calibrate_intervals.columns(kept))
+    assert found["marin-dclm"] == intervals.multiplier(*calibrate_intervals.columns(alone))
+    assert found["chinchilla"] > found["marin-dclm"]
 
 
 def test_the_backtest_finds_small_errors_on_a_planted_study():
@@ -268,3 +270,13 @@ def test_a_sweep_without_minima_is_forecast_roughly_only_if_asked():
     assert "best run of each budget, since 0 budgets" in rough.rule
     assert rough.high / rough.predicted - 1 >= 0.06
     assert "no past forecast" in rough.coverage and rough.weights == {"best_runs": 1.0}
+
+
+def test_a_planted_cost_of_depth_is_found():
+    runs, rng = study(0.0), np.random.default_rng(0)
+    layers = rng.integers(1, 5, 35)
+    loss = np.exp(np.log(runs.loss) + 0.01 * layers + 1e-3 * rng.standard_normal(35))
+    rows = [{"N": str(n), "C": str(c), "L": str(k), "loss": str(x)}
+            for n, c, k, x in zip(runs.params, runs.flops, layers, loss, strict=True)]
+    found, error = pilot_miss.depth(rows)
+    assert found == pytest.approx(0.01, abs=3 * error) and error < 0.001

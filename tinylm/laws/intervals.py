@@ -98,9 +98,9 @@ def shipped() -> dict[str, Any]:
 def coverage_told() -> str:
     """Say in a phrase how often intervals of this rule held, on studies they were not set by."""
     c = shipped()
-    return (f"such intervals held {c['coverage']:.0%} (90% interval {c['coverage_low']:.0%} to "
-            f"{c['coverage_high']:.0%}, by study) of {c['forecasts']} forecasts on "
-            f"{len(c['studies'])} studies, each left out in turn")
+    return (f"such 90% intervals held {c['coverage']:.0%} of {c['forecasts']} forecasts on "
+            f"{len(c['studies'])} studies, each left out ({c['coverage_low']:.0%} to "
+            f"{c['coverage_high']:.0%} by study)")
 
 
 def rough_half_width(factor: float) -> float:
