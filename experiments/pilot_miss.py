@@ -3,7 +3,7 @@
 The suspects: depth (the run had L=4, the sweep's best L=2 and 3), learning rate, head width, and
 the laws themselves (the sweep's frontier finds no floor). Fits to that table only.
 
-Command:  python -m experiments.pilot_miss --runs PUBLISHED/pilot_small.csv --out experiments/results
+Command:  python -m experiments.pilot_miss --runs pilot_small.csv --out experiments/results
 Cost:     two seconds on one core.
 Expected: depth, since the sweep has L=4 only at sizes far above its optima.
 Result:   not depth (see experiments/LOG.md, `the pilot's miss`).
