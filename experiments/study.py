@@ -71,6 +71,7 @@ def main(args: Args) -> int:
 
     tables = baselines.measured(out / "baselines.json", data, base.T, study.order)
     say(progress.baselines(tables))
+    verdict = []
     if tuning:
         verdict = law.tuning_verdict(run(out / "tuning", tuning, data))
         files.write_json(out / "tuning.json", {"sizes": verdict})
@@ -87,7 +88,7 @@ def main(args: Args) -> int:
     if not (out / "forecast.json").exists():
         forecast.write(out / "forecast.json", forecast.make(
             runs, ids, target.flops, target.params, target.tokens, eval_id, study.name,
-            rough=True))
+            rough=True, warning=law.tuning_gate(verdict)))
     sha = files.sha256(out / "forecast.json")
     say(progress.forecast(forecast.read(out / "forecast.json"), sha))
 

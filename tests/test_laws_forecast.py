@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import backtest_forecasts
+from experiments import calibrate_intervals, pilot_miss, simulate_intervals
 from tinylm import files
 from tinylm.config import BadInput, to_json
-from tinylm.laws import forecast, intervals
+from tinylm.laws import blend, forecast, intervals
+from tinylm.laws.fit import fit_frontier
 from tinylm.laws.forms import Surface
 from tinylm.laws.runs import Runs
 
@@ -51,8 +52,14 @@ def test_a_planted_study_is_forecast_at_five_times_its_compute(one):
     truth = LAW.optimum(TARGET)[2]
     assert one.predicted == pytest.approx(truth, rel=0.01)
     assert one.low < truth < one.high
-    assert set(one.laws) == {"frontier_floor", "power_law_last4", "surface_near"}
-    assert one.predicted == pytest.approx(math.prod(one.laws.values()) ** (1 / 3))
+    assert set(one.laws) == set(one.weights) == set(calibrate_intervals.LAWS)
+    assert sum(one.weights.values()) == pytest.approx(1)
+    joined = sum(w * math.log(one.laws[name]) for name, w in one.weights.items())
+    assert math.log(one.predicted) == pytest.approx(joined)
+    assert one.coverage == intervals.coverage_told()
+    width = intervals.half_width(intervals.Parts(**one.parts))
+    assert math.log(one.high / one.predicted) == pytest.approx(width)
+    assert math.log(one.low / one.predicted) == pytest.approx(-width)
 
 
 def test_a_target_off_the_best_size_is_forecast_higher_as_the_truth_is(one):
@@ -63,7 +70,7 @@ def test_a_target_off_the_best_size_is_forecast_higher_as_the_truth_is(one):
 
 
 def test_the_naive_line_passes_through_the_last_two_minima():
-    found = forecast.bracketed(study())
+    found = blend.bracketed(study())
     for m in found[-2:]:
         assert forecast.naive(found, m.flops) == pytest.approx(m.loss, rel=1e-6)
 
@@ -88,6 +95,8 @@ def test_too_few_bracketed_budgets_are_refused_with_reasons():
     for ids in (["same"] * 35, [f"run{i}" for i in range(34)]):
         with pytest.raises(BadInput, match="different ids for 35 runs"):
             forecast.make(runs, ids, TARGET, 1e6, 1e6, "eval")
+    with pytest.raises(BadInput, match="3 cluster labels for 35 runs"):
+        made(clusters=np.arange(3))
 
 
 def test_a_forecast_survives_the_file_and_is_never_overwritten(one, tmp_path):
@@ -106,11 +115,19 @@ def test_a_newer_schema_is_refused(one, tmp_path):
         forecast.read(tmp_path / "f.json")
 
 
+def test_a_forecast_of_the_first_schema_is_read_as_one_without_parts(one, tmp_path):
+    old = {k: v for k, v in to_json(one).items()
+           if k not in ("weights", "parts", "coverage", "warning")}
+    files.write_json(tmp_path / "f.json", {**old, "schema": 1})
+    got = forecast.read(tmp_path / "f.json")
+    assert got == dataclasses.replace(one, schema=1, weights={}, parts={}, coverage="", warning="")
+
+
 def test_a_score_says_by_how_much_and_whether_inside(one, tmp_path):
     sha = forecast.write(tmp_path / "f.json", one)
-    score = forecast.check(tmp_path / "f.json", record(sha, one.predicted / 1.02))
-    assert score.error_percent == pytest.approx(2.0) and score.inside
-    assert score.naive_error_percent == pytest.approx(100 * (1.02 * one.naive / one.predicted - 1))
+    score = forecast.check(tmp_path / "f.json", record(sha, one.predicted / 1.002))
+    assert score.error_percent == pytest.approx(0.2) and score.inside
+    assert score.naive_error_percent == pytest.approx(100 * (1.002 * one.naive / one.predicted - 1))
     assert not forecast.check(tmp_path / "f.json", record(sha, one.high * 1.001)).inside
 
 
@@ -150,60 +167,96 @@ def test_the_ledger_only_grows_and_holds_a_forecast_once(one, tmp_path):
         forecast.append_to_ledger(path, score)
 
 
-def test_no_interval_is_narrower_than_the_record_of_misses_allows(one):
-    assert intervals.record_half_width(5.0) == pytest.approx(0.03)
-    assert intervals.record_half_width(25.0) == pytest.approx(0.06)
-    assert intervals.record_half_width(0.5) == 0.01
-    assert one.high / one.predicted - 1 >= 0.03
+def test_laws_that_forecast_the_sweep_better_weigh_more():
+    errors = {"good": [0.001, -0.001], "bad": [0.03, 0.03]}
+    weights = blend.weigh(["good", "bad", "untried"], errors)
+    assert weights["good"] > weights["untried"] > weights["bad"]
+    root = math.sqrt((2 * 0.001**2 + 2 * blend.PRIOR_ERROR**2) / 4)
+    assert weights["good"] / weights["untried"] == pytest.approx(blend.PRIOR_ERROR / root)
+    assert blend.weigh(["a", "b"], {}) == {"a": 0.5, "b": 0.5}
 
 
-def test_the_interval_joins_disagreement_resampling_and_noise():
-    apart = {"a": 2.7, "b": 3.3}
-    assert intervals.form_disagreement(apart) == pytest.approx(0.1)
-    assert intervals.half_width(apart, 0.0, 0.0, 5.0) == pytest.approx(0.1)
-    joined = math.sqrt(0.1**2 + (1.645 * 0.05) ** 2 + (1.645 * 0.02) ** 2)
-    assert intervals.half_width(apart, 0.05, 0.02, 5.0) == pytest.approx(joined)
+def test_rolling_errors_are_those_of_forecasts_from_the_cheap_end():
+    runs = study(0.0)
+    found = blend.bracketed(runs)
+    errors = blend.rolled(runs, found)["power_law"]
+    flops, loss = zip(*((m.flops, m.loss) for m in found), strict=True)
+    hand = [math.log(fit_frontier(flops[:cut], loss[:cut], False).law.loss(flops[i]) / loss[i])
+            for cut, i in ((3, 3), (3, 4), (4, 4))]
+    assert errors == pytest.approx(hand, abs=1e-3) and min(map(abs, errors)) > 1e-3
 
 
-def test_the_bootstrap_follows_its_seed_and_the_noise():
-    runs = study()
+def test_refits_at_once_are_those_of_one_at_a_time():
+    blended = blend.blend(study())
+    target = blend.Target(TARGET, (n := LAW.optimum(TARGET)[0]), TARGET / 6 / n)
+    noise = 0.005 * np.random.default_rng(0).standard_normal((6, 35))
+    got = blend.redrawn(blended, target, noise)
+    for row, loss in zip(noise, got, strict=True):
+        runs = blended.runs._replace(loss=blended.runs.loss + row)
+        again = blended._replace(fits=blend.fit_all(runs, blend.bracketed(runs)))
+        assert loss == pytest.approx(again.predicted(target), rel=0.004)
+    assert np.ptp(got) > 0.01
+    assert blend.redrawn(blended, target, 0 * noise[:1])[0] == pytest.approx(
+        blended.predicted(target), rel=1e-9)
 
-    def mean(noisy):
-        return float(noisy.loss.mean())
 
-    a, b = (intervals.bootstrap(runs, mean, 0.1, 400, seed) for seed in (0, 0))
-    assert (a == b).all() and (a != intervals.bootstrap(runs, mean, 0.1, 400, 1)).any()
-    assert a.std() == pytest.approx(0.1 / math.sqrt(35), rel=0.15)
+def test_the_parts_follow_noise_clusters_distance_and_seed():
+    blended = blend.blend(study())
+    near, far = (blend.Target(c, (n := LAW.optimum(c)[0]), c / 6 / n) for c in (1e13, 1e15))
+    base = intervals.parts(blended, near, 0.01, 60)
+    assert base == intervals.parts(blended, near, 0.01, 60)
+    assert base.noise == pytest.approx(0.01 / blended.predicted(near))
+    assert intervals.parts(blended, near, 0.03, 60).within > 2 * base.within
+    together = intervals.parts(blended, near, 0.01, 60, clusters=np.zeros(35, int))
+    assert together.within > 1.5 * base.within
+    assert intervals.parts(blended, far, 0.01, 60).scale > base.scale
+    assert intervals.drift(math.e) == intervals.DRIFT and intervals.drift(0.5) == 0.0
 
 
-def test_a_bootstrap_that_mostly_fails_is_refused():
-    def fails(noisy):
-        raise BadInput("no")
+def test_the_multiplier_holds_nine_in_ten_of_every_study():
+    rng = np.random.default_rng(0)
+    scales, names = rng.uniform(0.5, 2, 300), np.repeat(["a", "b", "c"], 100)
+    errors = rng.standard_normal(300) * scales * np.repeat([1.0, 2.0, 0.5], 100)
+    found = intervals.multiplier(errors, scales, names)
+    held = [(np.abs(errors) <= found * scales)[names == name].mean() for name in "abc"]
+    assert min(held) == held[1] == pytest.approx(0.9, abs=0.011) and held[2] == 1
 
-    with pytest.raises(BadInput, match="0 of 5 noisy copies"):
-        intervals.bootstrap(study(), fails, 0.1, 5, 0)
+
+def test_the_shipped_calibration_is_that_of_the_recorded_rows():
+    rows = calibrate_intervals.read_rows(RESULTS / "calibrate_intervals.csv")
+    assert calibrate_intervals.calibration(rows) == intervals.shipped()
+    found = calibrate_intervals.summary(rows)
+    assert found == files.read_json(RESULTS / "calibrate_intervals.json")
+    error = found["mean_abs_error_percent"]
+    assert error["blend"]["all"] < min(error[k]["all"] for k in calibrate_intervals.RULES[:-1])
+    assert found["at_10"]["blend"]["median_percent"] < 0.8
+    told = found["intervals"]
+    for name in ("surface_bootstrap", "surface_bootstrap_residuals", "frontier_t"):
+        assert told["blend"]["winkler_percent"] < 0.75 * told[name]["winkler_percent"]
+    assert "left out pilot" in calibrate_intervals.table(found)
+
+
+def test_a_study_is_left_out_with_its_family():
+    rows = calibrate_intervals.read_rows(RESULTS / "calibrate_intervals.csv")
+    rows = [r for r in rows if r.study in ("marin-comma", "marin-dclm", "chinchilla")]
+    alone = [r for r in rows if r.study == "chinchilla"]
+    found = calibrate_intervals.left_out(rows)
+    assert found["marin-dclm"] == intervals.multiplier(*calibrate_intervals.columns(alone))
+    assert found["chinchilla"] > found["marin-dclm"]
 
 
 def test_the_backtest_finds_small_errors_on_a_planted_study():
-    budgets = tuple(np.geomspace(1e11, 1e13, 7))
-    rows = backtest_forecasts.backtest("planted", study(0.0, budgets))
-    assert [round(r.factor, 1) for r in rows] == [2.2, 4.6, 10.0, 2.2, 4.6, 2.2]
-    assert max(abs(r.combined) for r in rows) < 1 and all(r.inside for r in rows)
-    assert "combined" in backtest_forecasts.table(rows)
-    assert len(backtest_forecasts.as_csv(rows).splitlines()) == 7
+    rows = calibrate_intervals.backtest("planted", study(0.0, np.geomspace(1e11, 1e13, 5)))
+    assert [round(r.factor, 1) for r in rows] == [3.2, 10.0, 3.2]
+    assert max(abs(r.blend) for r in rows) < 0.01
+    assert all(abs(r.surface) < 1e-3 for r in rows)  # the planted law
 
 
-def test_the_recorded_backtests_show_the_joined_forecast_beating_each_law():
-    lines = (RESULTS / "backtest_forecasts.csv").read_text().splitlines()
-    names, *rows = (line.split(",") for line in lines)
-    by_law = {}
-    for law in backtest_forecasts.LAWS:
-        studies = {}
-        for row in rows:
-            if row[0] != "pilot-held-out":
-                studies.setdefault(row[0], []).append(abs(float(row[names.index(law)])))
-        by_law[law] = np.mean([np.mean(errors) for errors in studies.values()])
-    assert min(by_law, key=by_law.get) == "combined" and by_law["combined"] < 0.5
+def test_a_simulated_sweep_is_forecast_within_reach():
+    form, held, half, error = simulate_intervals.unknown(0, 0)
+    assert form == "exact" and held == (abs(error) <= half) and abs(error) < 0.1
+    told = simulate_intervals.pooled([("exact", True, 0.1, 0.0), ("coupled", False, 0.1, 0.2)])
+    assert (told["all"]["held"], told["exact"]["held"], told["coupled"]["draws"]) == (0.5, 1.0, 1)
 
 
 def test_a_sweep_without_minima_is_forecast_roughly_only_if_asked():
@@ -216,3 +269,14 @@ def test_a_sweep_without_minima_is_forecast_roughly_only_if_asked():
     np.testing.assert_allclose(rough.predicted, 20 * 2e10**-0.07, rtol=1e-6)
     assert "best run of each budget, since 0 budgets" in rough.rule
     assert rough.high / rough.predicted - 1 >= 0.06
+    assert "no past forecast" in rough.coverage and rough.weights == {"best_runs": 1.0}
+
+
+def test_a_planted_cost_of_depth_is_found():
+    runs, rng = study(0.0), np.random.default_rng(0)
+    layers = rng.integers(1, 5, 35)
+    loss = np.exp(np.log(runs.loss) + 0.01 * layers + 1e-3 * rng.standard_normal(35))
+    rows = [{"N": str(n), "C": str(c), "L": str(k), "loss": str(x)}
+            for n, c, k, x in zip(runs.params, runs.flops, layers, loss, strict=True)]
+    found, error = pilot_miss.depth(rows)
+    assert found == pytest.approx(0.01, abs=3 * error) and error < 0.001

@@ -170,3 +170,19 @@ def test_exponents_follow_the_convention_of_counting():
         slope, _ = np.polyfit(np.log(flops), np.log(counted), 1)
         assert got[f"{name} 6nd"].a == pytest.approx(slope, abs=1e-3)
     assert got["blocks exact"].a > got["blocks 6nd"].a + 0.01 > a > got["all exact"].a
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_pulls_say_how_far_each_run_moves_each_bottom(weighted):
+    runs = grid(3.0)
+    if weighted:
+        runs = runs._replace(sigma=0.01 * np.random.default_rng(0).uniform(1, 3, 75))
+    found = minima(runs)[1:]  # of some budgets only
+    got = isoflop.pulls(runs, found)
+    assert got.sum(axis=1) == pytest.approx(1) and (got[:, :15] == 0).all()
+    for run in (17, 22, 61):
+        step = np.zeros(75)
+        step[run] = 1e-6
+        moved = minima(runs._replace(loss=runs.loss + step))[1:]
+        hand = [(a.loss - b.loss) / 1e-6 for a, b in zip(moved, found, strict=True)]
+        assert got[:, run] == pytest.approx(hand, abs=2e-3)

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from tinylm.config import BadInput
-from tinylm.laws.accounting import Shape, flops_per_token, parameters
+from tinylm.laws.accounting import DEVICES, Shape, flops_per_token, parameters
 from tinylm.laws.fit import fit_surface
 from tinylm.laws.forms import Coupled, Saturating, Surface
-from tinylm.laws.plan import cell, centre, expected, isoflop_grid
+from tinylm.laws.plan import PILOT, cell, centre, expected, isoflop_grid, propose
 from tinylm.laws.runs import Runs
 
 LADDER = [Shape(800, D, 2, D // 8, D // 8, 8, 3 * D, 128, True) for D in range(16, 200, 8)]
@@ -97,3 +97,16 @@ def test_a_sweep_that_identifies_nothing_is_refused_before_it_is_run():
     params, tokens, target = design()
     with pytest.raises(BadInput, match="one budget"):
         expected(params[:7], tokens[:7], target, LAW, 0.005, 7.0)
+
+
+def test_a_proposal_spends_what_is_given_on_a_sweep_and_one_larger_run():
+    shapes = [Shape(800, D, 2, 2, 2, D // 2, 3 * D, 128, True) for D in range(8, 600, 4)]
+    made = propose(1e15, shapes, DEVICES[0], dollars_per_hour=2.0)
+    budgets = sorted({c.budget for c in made.cells})
+    assert len(made.cells) == 35 and budgets[-1] / budgets[0] == pytest.approx(100)
+    assert made.sweep.flops == pytest.approx(6e14, rel=0.02)
+    assert made.run.flops == made.target.flops == pytest.approx(4e14, rel=0.01)
+    assert made.sweep.dollars == pytest.approx(2 * made.sweep.flops / 125e12 / 0.4 / 3600)
+    sizes = [np.array([getattr(c, k) for c in made.cells]) for k in ("params", "tokens")]
+    at = (made.target.params, made.target.tokens)
+    assert made.expected == expected(*sizes, at, PILOT, 0.003 * PILOT.loss(*at), np.log(800))

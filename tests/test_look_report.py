@@ -66,7 +66,8 @@ def fake(folder) -> None:
               for n, x in enumerate((5.5, 4.6, 4.2, 3.9), 1)}
     files.write_json(folder / "baselines.json", {"eval_id": test, "tables": tables})
     sha = forecast.write(folder / "forecast.json", forecast.Forecast(
-        1, "tiny", 2e10, 3e3 * 20**GROWTH, 1e6, 3.8, 3.7, 3.9, {"a law": 3.8}, "a rule", 3.7,
+        2, "tiny", 2e10, 3e3 * 20**GROWTH, 1e6, 3.8, 3.7, 3.9, {"a law": 3.8}, {"a law": 1.0},
+        "a rule", {}, "such intervals held 7 of 9", "no rates < compared", 3.7,
         tuple(zip(ids, map(float, runs.loss), strict=True)), test))
     target = record("target", 3e3 * 20**GROWTH, 2e10, model, test)
     target["config"]["forecast_sha256"] = sha
@@ -136,6 +137,7 @@ def test_the_report_says_forecast_outcome_and_interval(page, whole):
     for words in (f"Forecast {s['predicted']:.4f} nats", f"measured {s['measured']:.4f}",
                   f"by {s['error_percent']:+.2f}%", "inside its interval, 3.7000 to 3.9000"):
         assert words in top
+    assert "such intervals held 7 of 9" in page and "Warning: no rates &lt; compared." in page
     assert s["forecast_sha256"] in page and f"FLOPs^{GROWTH:.3f}" in page
     assert "No warnings in 17 records." in page and "Not shown" not in page
 

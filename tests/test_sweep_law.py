@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tinylm.laws import forecast
 from tinylm.look import progress
 from tinylm.sweep import cells, law
 
@@ -30,3 +31,20 @@ def test_a_wild_exponent_does_not_choose_a_wild_target():
         fitted = {"minima": [{"flops": 1e9}, {"flops": 1e10}],
                   "exponents": {"log_params": 2.0 - a * np.log(1e10), "a": a}}
         assert np.log(cells.best_params(fitted, 1e11)) == pytest.approx(2 + used * np.log(10))
+
+
+def test_rates_best_at_an_edge_are_said_before_the_forecast():
+    def tried(lr, loss):
+        return {"config": {"model": {"D": 16}, "steps": 9, "optim": {"lr": lr}},
+                "loss": {"nats_per_token": loss}}
+
+    edge = law.tuning_verdict([tried(1e-3, 4.0), tried(2e-3, 3.9), tried(4e-3, 3.8)])
+    warning = law.tuning_gate(edge)
+    assert "0.004 of 0.001 to 0.004 at width 16" in warning
+    assert law.tuning_gate(law.tuning_verdict(
+        [tried(1e-3, 4.0), tried(2e-3, 3.8), tried(4e-3, 3.9)])) == ""
+    assert "no learning rates were compared" in law.tuning_gate([])
+    made = forecast.Forecast(2, "n", 1e9, 1.0, 1.0, 3.0, 2.9, 3.1, {}, {}, "", {}, "held 7 of 9",
+                             warning, 3.0, (), "e")
+    said = progress.forecast(made, "0" * 64).splitlines()
+    assert said[0] == f"WARNING: {warning}" and said[-1] == "held 7 of 9"

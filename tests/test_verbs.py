@@ -139,3 +139,12 @@ def test_a_csv_is_fitted_from_the_command_line_or_refused_with_exit_code_2(tmp_p
     done = tinylm(*flags, "--loss-col", "nll")
     assert done.returncode == 2 and done.stdout == ""
     assert "runs.csv has no column 'nll'; it has n, d, l" in done.stderr
+
+
+def test_a_plan_names_its_runs_their_precision_and_cost():
+    made = last(tinylm("plan", "--flops", "1e15", "--device", "H100", "--dollars-per-hour", 2,
+                       "--json"))
+    assert len(made["cells"]) == 35 and made["expected"]["form_risk"] > made["expected"]["stderr"]
+    assert made["run"]["dollars"] == 2 * made["run"]["device_hours"] > 0
+    refused = tinylm("plan", "--flops", "1e15", "--device", "abacus")
+    assert refused.returncode == 2 and "choose one of V100, A100" in refused.stderr

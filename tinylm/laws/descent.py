@@ -22,7 +22,7 @@ class Problem(NamedTuple):
 
     law: type[Law]
     x: np.ndarray  # (columns, runs) centred logs
-    loss: np.ndarray  # (runs,) over the least loss
+    loss: np.ndarray  # (runs,) over the least loss, or (batch, runs)
     weights: np.ndarray  # (runs,), or (batch, runs)
     logs: bool  # residuals are of log loss, not of loss
     delta: float  # where a residual's penalty turns from square to absolute
@@ -62,10 +62,14 @@ def slopes(theta: np.ndarray, problem: Problem) -> Slopes:
 
 
 def descend(theta: np.ndarray, problem: Problem) -> np.ndarray:
-    """Give the local minimum below each start, theta (batch, K); weights may differ by start."""
-    each = max(1, BLOCK // len(problem.loss))
-    weights = np.broadcast_to(problem.weights, (len(theta), len(problem.loss)))
-    parts = [_descend(theta[i:i + each], problem._replace(weights=weights[i:i + each]))
+    """Give the local minimum below each start, theta (batch, K).
+
+    Weights and losses may differ by start.
+    """
+    runs = problem.x.shape[1]
+    each = max(1, BLOCK // runs)
+    problem = problem._replace(weights=np.broadcast_to(problem.weights, (len(theta), runs)))
+    parts = [_descend(theta[i:i + each], _rows(problem, slice(i, i + each)))
              for i in range(0, len(theta), each)]
     return np.concatenate(parts)
 
@@ -77,6 +81,12 @@ def descend_absolute(theta: np.ndarray, problem: Problem) -> np.ndarray:
     return theta
 
 
+def _rows(problem, at):
+    """Keep some starts of a problem whose weights, and maybe losses, differ by start."""
+    loss = problem.loss if problem.loss.ndim == 1 else problem.loss[at]
+    return problem._replace(weights=problem.weights[at], loss=loss)
+
+
 def _descend(theta, problem):
     low, high = problem.bounds
     theta = np.clip(theta, low, high)
@@ -85,7 +95,7 @@ def _descend(theta, problem):
     for _ in range(STEPS):
         step, promised = _step(theta[live], at, damping, low, high)
         trial = np.clip(theta[live] + step, low, high)
-        new = slopes(trial, problem._replace(weights=problem.weights[live]))
+        new = slopes(trial, _rows(problem, live))
         better = new.value <= at.value
         theta[live[better]] = trial[better]
         at = Slopes(*(np.where(better.reshape(-1, *[1] * (a.ndim - 1)), b, a)

@@ -125,8 +125,8 @@ def _fit(law, columns, loss, weights, estimator, delta, given):
              else slopes(theta[None], problem).value[0])
     if estimator == "ls":
         residual, value = residual * least, 2 * value * least**2
-    constants = _constants(law, theta, centre, least).tolist()
-    return Fit(law(*constants), float(value), residual, certificate, problem, theta, centre, least)
+    law = law(*_constants(law, theta, centre, least).tolist())
+    return Fit(law, float(value), residual, certificate, problem, theta, centre, least)
 
 
 def _solve(problem):

@@ -1,17 +1,10 @@
 """Write a forecast down before the run it is about, and score it by content afterwards.
 
-Three laws are joined by their geometric mean, as those with a floor tend to err high
-and the power law low. Backtests on seven isoFLOP studies, mean |error| in % for targets of
-1.4-3.5 / 3.5-12 / 12-40 / over 40 times the compute (experiments/backtest_forecasts.py):
-
-    frontier with floor     .39   .93  2.44  2.86
-    power law, last four    .53  1.70  3.36  4.56
-    surface near minima     .93  2.03  2.76  1.31
-    geometric mean          .37   .69  1.11   .24
-    naive                   .44  1.36  3.36  4.66
+Seven laws are joined by the weights of their rolling origins (`blend`), with an interval that past
+forecasts of other studies calibrate (`intervals`). Errors on published studies, by law and
+distance, and those of the rule before (a geometric mean of three laws): experiments/LOG.md.
 """
 
-import contextlib
 import csv
 import io
 import math
@@ -24,14 +17,12 @@ import numpy as np
 from tinylm import files
 from tinylm.config import BadInput, from_json, to_json
 from tinylm.laws import intervals
-from tinylm.laws.fit import fit_frontier, fit_surface
-from tinylm.laws.isoflop import Minimum, exponents, group, minima
+from tinylm.laws.blend import RULE, Target, blend
+from tinylm.laws.fit import fit_frontier
+from tinylm.laws.isoflop import Minimum, group
 from tinylm.laws.runs import Runs
 
-SCHEMA = 1
-NEAR = 2.5  # the surface is fitted to runs within this factor of the best params
-LEAST_BUDGETS = 3
-RULE = "geometric mean of frontier with floor, power law through the last 4 budgets, near surface"
+SCHEMA = 2  # 1 had no weights, parts, coverage, warning
 
 
 class Best(NamedTuple):
@@ -54,7 +45,11 @@ class Forecast:
     low: float  # lower end of the interval, nats per token
     high: float  # upper end of the interval, nats per token
     laws: dict[str, float]  # each law's own prediction, nats per token
+    weights: dict[str, float]  # each law's share
     rule: str  # how the laws were joined
+    parts: dict[str, float]  # of the interval: standard deviations of log loss
+    coverage: str  # how often such intervals held, as measured
+    warning: str  # what a reader must know first; empty if nothing
     naive: float  # straight line in log-log through the last two budgets' minima, nats per token
     runs: tuple[tuple[str, float], ...]  # id and loss of every run used, sorted
     eval_id: str  # the held-out set and protocol of all these losses
@@ -77,42 +72,44 @@ class Score(NamedTuple):
 
 def make(runs: Runs, ids: list[str], target_flops: float, target_params: float,
          target_tokens: float, eval_id: str, name: str = "target", sigma: float = 0.0,
-         budgets: np.ndarray | None = None, resamples: int = 50, seed: int = 0,
-         rough: bool = False) -> Forecast:
+         budgets: np.ndarray | None = None, clusters: np.ndarray | None = None,
+         resamples: int = 200, seed: int = 0, rough: bool = False,
+         warning: str = "") -> Forecast:
     """Forecast a target's loss from a sweep's runs, whose `ids` are in the same order.
 
-    `sigma` is the run-to-run standard deviation of the loss, nats; the runs' scatter about the
-    isoFLOP parabolas is taken where it is larger. `budgets` labels the runs where their FLOPs
-    differ by over 3%. Fewer than 3 bracketed budgets raise BadInput or, if `rough`, give a power
-    law through the best run of each budget, its interval twice as wide.
+    `sigma` and `clusters` are those of `intervals.parts`. `budgets` labels the runs where their
+    FLOPs differ by over 3%. `warning` says first what may spoil the forecast, such as untuned
+    rates. Fewer than 3 bracketed budgets raise BadInput or, if `rough`, give a power law through
+    the best run of each budget, with an interval that is a guess.
     """
     if len(ids) != len(runs.loss) or len(set(ids)) != len(ids):
         raise BadInput(f"{len(set(ids))} different ids for {len(runs.loss)} runs; give one a run")
-    if budgets is not None and len(budgets) != len(runs.loss):
-        raise BadInput(f"{len(budgets)} budget labels for {len(runs.loss)} runs; give one a run")
-    target = tuple(map(float, (target_flops, target_params, target_tokens)))
-    factor, rule = target[0] / float(runs.flops.max()), RULE
+    for what, labels in (("budget", budgets), ("cluster", clusters)):
+        if labels is not None and len(labels) != len(runs.loss):
+            raise BadInput(f"{len(labels)} {what} labels for {len(runs.loss)} runs; give one a run")
+    target = Target(*map(float, (target_flops, target_params, target_tokens)))
     try:
-        found = bracketed(runs, budgets)
-        laws = predictions(runs, *target, budgets)
-        noise = max(sigma, math.sqrt(sum(m.scatter**2 for m in found) / len(found)))
-        drawn = intervals.bootstrap(runs, lambda noisy: _frontier(
-            bracketed(noisy, budgets), *target[:2]), noise, resamples, seed)
-        width = intervals.half_width(laws, float(drawn.std() / drawn.mean()),
-                                     noise / combine(laws), factor)
-        straight = naive(found, target[0])
+        blended = blend(runs, budgets)
     except BadInput as refusal:
         if not rough:
             raise
         best = best_runs(runs, budgets)
-        straight = naive(best, target[0])
-        laws = {"best_runs": float(_line(best, floor=False).loss(target[0]))}
-        width = 2 * intervals.record_half_width(factor)
+        laws = {"best_runs": float(_line(best, floor=False).loss(target.flops))}
+        predicted, weights, off = laws["best_runs"], {"best_runs": 1.0}, {}
         rule = f"power law through the best run of each budget, since {refusal}"
-    predicted = combine(laws)
+        width = intervals.rough_half_width(target.flops / float(runs.flops.max()))
+        coverage, straight = "no past forecast calibrates this interval", naive(best, target.flops)
+    else:
+        laws, weights, rule = blended.predictions(target), blended.weights, RULE
+        found = intervals.parts(blended, target, sigma, resamples, seed, clusters)
+        predicted, off, coverage = (blended.predicted(target), found._asdict(),
+                                    intervals.coverage_told())
+        width = intervals.half_width(found)
+        straight = naive(blended.found, target.flops)
     used = sorted((str(i), float(loss)) for i, loss in zip(ids, runs.loss, strict=True))
-    return Forecast(SCHEMA, name, *target, predicted, predicted * (1 - width),
-                    predicted * (1 + width), laws, rule, straight, tuple(used), eval_id)
+    return Forecast(SCHEMA, name, *target, predicted, predicted * math.exp(-width),
+                    predicted * math.exp(width), laws, weights, rule, off, coverage, warning,
+                    straight, tuple(used), eval_id)
 
 
 def best_runs(runs: Runs, budgets: np.ndarray | None = None) -> list[Best]:
@@ -120,33 +117,6 @@ def best_runs(runs: Runs, budgets: np.ndarray | None = None) -> list[Best]:
     labels = group(runs.flops) if budgets is None else np.asarray(budgets)
     parts = [runs.keep(labels == label) for label in np.unique(labels)]
     return sorted(Best(float(p.flops.mean()), float(p.loss.min())) for p in parts)
-
-
-def bracketed(runs: Runs, budgets: np.ndarray | None = None) -> list[Minimum]:
-    """Give the bracketed minima, least budget first; under 3 raise BadInput with the reasons."""
-    found = minima(runs, budgets)
-    kept = [m for m in found if m.bracketed]
-    if len(kept) < LEAST_BUDGETS:
-        why = "; ".join(f"{m.flops:.3g}: {m.reason}" for m in found if not m.bracketed)
-        raise BadInput(f"{len(kept)} budgets have a bracketed minimum, {LEAST_BUDGETS} are needed"
-                       f"{f' ({why})' if why else '; add budgets'}")
-    return kept
-
-
-def predictions(runs: Runs, flops: float, params: float, tokens: float,
-                budgets: np.ndarray | None = None) -> dict[str, float]:
-    """Give each law's prediction of the loss of one target, nats."""
-    found = bracketed(runs, budgets)
-    laws = {"frontier_floor": _frontier(found, flops, params),
-            "power_law_last4": _frontier(found[-4:], flops, params, floor=False)}
-    with contextlib.suppress(BadInput):  # too few runs near the minima: the others need fewer
-        laws["surface_near"] = float(fit_surface(_near(runs, found)).law.loss(params, tokens))
-    return laws
-
-
-def combine(laws: dict[str, float]) -> float:
-    """Join the laws' predictions into one, by RULE."""
-    return math.exp(sum(map(math.log, laws.values())) / len(laws))
 
 
 def naive(found: list[Minimum] | list[Best], flops: float) -> float:
@@ -166,11 +136,14 @@ def write(path: Path, forecast: Forecast) -> str:
 
 
 def read(path: Path) -> Forecast:
-    """Read a forecast; a newer schema raises BadInput."""
+    """Read a forecast; one of schema 1 has no weights, parts, coverage; others raise BadInput."""
     values = files.read_json(path)
     schema = values.get("schema") if isinstance(values, dict) else None
-    if schema != SCHEMA:
-        raise BadInput(f"{path} has schema {schema}, this version reads {SCHEMA}; update tinylm")
+    if schema not in (1, SCHEMA):
+        raise BadInput(f"{path} has schema {schema}, this version reads 1 to {SCHEMA}; "
+                       "update tinylm")
+    if schema == 1:
+        values = {**values, "weights": {}, "parts": {}, "coverage": "", "warning": ""}
     return from_json(Forecast, values, str(path))
 
 
@@ -221,17 +194,3 @@ def append_to_ledger(path: Path, score: Score) -> bool:
 
 def _line(found, floor):
     return fit_frontier([m.flops for m in found], [m.loss for m in found], floor).law
-
-
-def _frontier(found, flops, params, floor=True):
-    """Predict by the frontier, plus the isoFLOP parabola's excess at a size off the optimum."""
-    line = exponents(found)
-    off = math.log(params) - line.log_params - line.a * math.log(flops)
-    excess = float(np.mean([m.curvature for m in found])) / 2 * off**2
-    return float(_line(found, floor).loss(flops)) + excess
-
-
-def _near(runs, found):
-    line = exponents(found)
-    off = np.log(runs.params) - line.log_params - line.a * np.log(runs.flops)
-    return runs.keep(np.abs(off) <= math.log(NEAR))

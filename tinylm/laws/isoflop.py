@@ -80,6 +80,25 @@ def minima(runs: Runs, budgets: np.ndarray | None = None,
     return sorted(found, key=lambda m: m.flops)
 
 
+def pulls(runs: Runs, found: list[Minimum], budgets: np.ndarray | None = None) -> np.ndarray:
+    """Give d minimum / d loss (minima, runs): how far each run's loss moves each bottom.
+
+    Exact to first order where the window of the parabola stays, since it is linear in the losses.
+    """
+    labels = group(runs.flops) if budgets is None else np.asarray(budgets)
+    at, out = {m.flops: i for i, m in enumerate(found)}, np.zeros((len(found), len(runs.loss)))
+    for label in np.unique(labels):
+        rows = np.flatnonzero(labels == label)
+        flops = _mean_flops(runs.keep(rows))
+        if flops in at:
+            u, bottom = np.log(runs.params[rows]), math.log(found[at[flops]].params)
+            near = _nearest(u, bottom, METHODS["parabola"][1], 5)
+            root = 1.0 if runs.sigma is None else 1 / runs.sigma[rows][near, None]
+            design = np.vander(u[near] - bottom, 3, increasing=True) * root
+            out[at[flops], rows[near]] = np.linalg.pinv(design)[0] * np.ravel(root)
+    return out
+
+
 def exponents(found: list[Minimum]) -> Exponents:
     """Fit the exponents of the bracketed minima by least squares on logs; needs 3 or more."""
     kept = [m for m in found if m.bracketed]
@@ -135,7 +154,7 @@ def conventions(runs: Runs, counts: list[Parameters],
 
 def _minimum(runs, degree, window):
     u = np.log(runs.params)
-    flops = float(np.exp(np.log(runs.flops).mean()))
+    flops = _mean_flops(runs)
     sizes = len(np.unique(u.round(6)))
     if sizes < degree + 2:
         i = int(runs.loss.argmin())
@@ -157,6 +176,10 @@ def _minimum(runs, degree, window):
     return Minimum(flops, math.exp(bottom), math.exp(level + slope * bottom), float(at @ curve),
                    float(bend @ curve), not reason, reason, tuple(map(float, unshifted)),
                    math.sqrt(max(at @ covariance @ at, 0.0)), scatter)
+
+
+def _mean_flops(runs):
+    return float(np.exp(np.log(runs.flops).mean()))
 
 
 def _nearest(u, centre, window, least):

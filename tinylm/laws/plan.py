@@ -7,7 +7,15 @@ from typing import NamedTuple
 import numpy as np
 
 from tinylm.config import BadInput, require
-from tinylm.laws.accounting import Shape, flops_per_token, parameters, six_nd
+from tinylm.laws.accounting import (
+    Bill,
+    Device,
+    Shape,
+    bill,
+    flops_per_token,
+    parameters,
+    six_nd,
+)
 from tinylm.laws.fit import fit_surface
 from tinylm.laws.forms import Coupled, Saturating, Surface
 from tinylm.laws.runs import Runs
@@ -39,7 +47,45 @@ class Expected(NamedTuple):
         return max(map(abs, self.biases.values()))
 
 
+class Proposal(NamedTuple):
+    """A sweep and the larger run it forecasts, with what is known of the forecast beforehand."""
+
+    cells: list[Cell]
+    target: Cell
+    expected: Expected
+    sweep: Bill
+    run: Bill
+
+
 COUPLINGS = (0.7, 1.4)  # k of other truths; the Surface is 1
+# our pilot's 27 grid runs (1e11-6.4e12 FLOPs on the default corpus) by Huber: a first guess
+PILOT = Surface(E=2.1915, A=32.247, B=41.001, alpha=0.33045, beta=0.28205)
+SWEEP_SHARE = 0.6  # of the compute; the rest is the larger run
+
+
+def propose(flops: float, shapes: list[Shape], device: Device, per_budget: int = 7,
+            spread: float = 4.0, batch_tokens: int = 512, law: Surface = PILOT,
+            noise: float = 0.003, dollars_per_hour: float = 0.0,
+            utilisation: float = 0.4) -> Proposal:
+    """Split training FLOPs into 5 budgets over 100 times and one larger run, and bill both.
+
+    The last budget is a seventh of the larger run's. `law` is what the losses are assumed to
+    follow and `noise` a run's standard deviation as a share of the loss.
+    """
+    steps = np.geomspace(0.01, 1.0, 5)
+    top = SWEEP_SHARE * flops / per_budget / steps.sum()
+    cells = isoflop_grid((top * steps).tolist(), shapes, per_budget, spread, batch_tokens)
+    aim = (1 - SWEEP_SHARE) * flops
+    best = min(shapes, key=lambda s: abs(math.log(parameters(s).law / centre(aim))))
+    target = cell(aim, best, batch_tokens)
+    params, tokens = (np.array([getattr(c, k) for c in cells], float) for k in ("params", "tokens"))
+    told = expected(params, tokens, (target.params, target.tokens), law,
+                    noise * float(law.loss(target.params, target.tokens)), math.log(best.V))
+    bills = [bill(max(c.params for c in part), sum(c.tokens for c in part), device,
+                  dollars_per_hour, utilisation, sum(c.flops for c in part))
+             for part in (cells, [target])]
+    return Proposal(cells, target, told, *bills)
+
 
 
 def expected(params: np.ndarray, tokens: np.ndarray, target: tuple[float, float], law: Surface,

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from tinylm.laws.forecast import Forecast, Score
+from tinylm.laws.plan import Cell, Proposal
 from tinylm.stages.pretrain import PretrainConfig, counts
 from tinylm.sweep import runner
 from tinylm.text.corpora import Corpus
@@ -180,10 +181,29 @@ def ranked(rows: list[dict[str, Any]], dropped: list[str]) -> str:
         for r in rows)])
 
 
+def planned(made: Proposal, device: str) -> str:
+    """Lay out a plan: its curves, the larger run, the precision to expect, time and cost."""
+    curves: dict[float, list[Cell]] = {}
+    for c in made.cells:
+        curves.setdefault(c.budget, []).append(c)
+    lines = [f"{budget:.2e} FLOPs: widths {', '.join(str(c.shape.D) for c in row)} on "
+             f"{row[-1].tokens:,} to {row[0].tokens:,} tokens" for budget, row in curves.items()]
+    t, e = made.target, made.expected
+    lines.append(f"then one run of {t.flops:.2e} FLOPs: width {t.shape.D}, {t.steps:,} steps; loss "
+                 f"{e.loss:.3f} if the pilot's law holds, standard error {e.stderr:.4f}, form risk "
+                 f"{e.form_risk:.4f} nats (" + ", ".join(f"{k} {v:+.4f}" for k, v in
+                                                        e.biases.items()) + ")")
+    lines += [f"{what}: {b.flops:.2e} FLOPs, {b.device_hours:.3g} hours of {device}, "
+              f"${b.dollars:.2f}" for what, b in (("sweep", made.sweep), ("run", made.run))]
+    return "\n".join(lines)
+
+
 def forecast(f: Forecast, sha: str) -> str:
-    """Say what was forecast."""
-    return (f"forecast for {f.target_flops:.2e} FLOPs, {f.target_params:.0f} parameters: "
+    """Say what was forecast, what may spoil it first, and how often such intervals held."""
+    lines = [f"WARNING: {f.warning}"] if f.warning else []
+    said = (f"forecast for {f.target_flops:.2e} FLOPs, {f.target_params:.0f} parameters: "
             f"{f.predicted:.4f} nats [{f.low:.4f}, {f.high:.4f}], written as {sha[:12]}")
+    return "\n".join([*lines, said, *([f.coverage] if f.coverage else [])])
 
 
 def score(s: Score) -> str:

@@ -67,6 +67,16 @@ def tuning_verdict(records: list[Record]) -> list[dict[str, Any]]:
     return out
 
 
+def tuning_gate(verdict: list[dict[str, Any]]) -> str:
+    """Say which sizes did best at an edge of the rates tried, or that none were; empty if tuned."""
+    if not verdict:
+        return "no learning rates were compared, so these runs may be badly tuned"
+    edges = [f"{v['best']:.2g} of {min(v['rates']):.2g} to {max(v['rates']):.2g} at width "
+             f"{v['width']}" for v in verdict if v["at_edge"]]
+    return (f"the best learning rate lies at the edge of those tried ({'; '.join(edges)}), so the "
+            "law may be that of badly tuned runs" if edges else "")
+
+
 def _finite(values: dict[str, Any]) -> dict[str, Any]:
     """Put None where a refused minimum has no number."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else
