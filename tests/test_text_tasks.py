@@ -63,7 +63,16 @@ def test_a_glossary_question_of_a_test_was_never_asked_in_training():
         t.plain for t in tasks.draw("glossary", "plain", "reworded", 0, 600)}
 
 
-def test_reworded_phrases_are_unseen_in_training():
+def test_reworded_phrases_are_unseen_in_training(drawn):
+    kinds = {"copy": "copy", "spelling": "spell", "glossary": "what", "unknown": "what",
+             "sentence": "sentence", "choice": "choice", "recall": "ask"}
+    for task in drawn["reworded"]:
+        system = [(f"system {task.rule}", task.messages[0][1])] if task.rule != "plain" else []
+        last = [(kinds[task.family], task.messages[-1][1])] if task.family in kinds else []
+        for kind, text in system + last:
+            for usual in tasks.PHRASES[kind][0]:
+                start, end = usual.split("{0}")[0], usual.rpartition("}")[2]
+                assert not (text.startswith(start) and text.endswith(end)), (usual, text)
     for kind, (usual, others) in tasks.PHRASES.items():
         assert others and not set(usual) & set(others), kind
     terms = " ".join(tasks.GLOSSARY.values()).split()

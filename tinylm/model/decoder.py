@@ -115,6 +115,15 @@ class Decoder(nnx.Module):
         `segments` (conversation numbers) keep packed sequences apart: attention stays inside a
         segment and positions restart with it.
         """
+        return self.head(self.states(tokens, segments, unroll))
+
+    def states(
+        self,
+        tokens: Int[Array, "B T"],
+        segments: Int[Array, "B T"] | None = None,
+        unroll: bool = True,
+    ) -> Float[Array, "B T D"]:
+        """Give the residual stream after the last block, before the norm."""
         T = tokens.shape[1]
         index = np.arange(T)
         visible = (index[:, None] >= index[None, :])[None]
@@ -123,8 +132,7 @@ class Decoder(nnx.Module):
             visible = visible & (segments[:, :, None] == segments[:, None, :])
             fresh = jnp.diff(segments, axis=1, prepend=-1) != 0
             positions = index[None] - jax.lax.cummax(jnp.where(fresh, index[None], 0), axis=1)
-        x, _ = self._through(tokens, positions, visible, None, 0, unroll)
-        return self.head(x)
+        return self._through(tokens, positions, visible, None, 0, unroll)[0]
 
     def extend(
         self, tokens: Int[Array, "B T"], cache: KeyValue, start: Array | int,
