@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tinylm.model.decoder import ModelConfig, init, rebuild
 from tinylm.train import losses, rewards
+from tinylm.train.batch import Batch
 
 BOTH = pytest.mark.parametrize("x64", [False, True])
 
@@ -201,7 +203,7 @@ def test_pairs_of_two_are_plackett_and_luces_ranking():
                                losses.plackett_luce(scores, mask)[0], rtol=1e-6)
     padded = jnp.concatenate([scores, jnp.full((5, 2), 9.0)], axis=1)
     both = jnp.concatenate([mask, 0 * mask], axis=1)
-    value, grad = jax.value_and_grad(lambda s: losses.plackett_luce(s, both)[0])(padded)
+    value, grad = jax.jit(jax.value_and_grad(lambda s: losses.plackett_luce(s, both)[0]))(padded)
     np.testing.assert_allclose(value, losses.plackett_luce(scores, mask)[0], rtol=1e-6)
     assert np.isfinite(grad).all() and not np.asarray(grad)[:, 2:].any()
 
@@ -226,6 +228,20 @@ def test_smoothing_is_the_mean_over_flipped_labels():
     wrong = losses.dpo(own[:, 1], own[:, 0], ref[:, 1], ref[:, 0], one, beta=.3, smoothing=0.)[0]
     both = losses.dpo(own[:, 0], own[:, 1], ref[:, 0], ref[:, 1], one, beta=.3, smoothing=.2)[0]
     np.testing.assert_allclose(both, 0.8 * right + 0.2 * wrong, rtol=1e-6)
+
+
+def test_every_position_predicts_the_token_after_it_and_only_what_is_supervised():
+    config = ModelConfig(V=20, D=8, L=1, H=2, T=9)
+    params = init(config, jax.random.key(0))
+    tokens = np.random.default_rng(0).integers(0, 20, (2, 10)).astype(np.int32)
+    mask = np.asarray(ragged(2, 9))
+    total, sums = jax.jit(losses.next_token(config))(params, Batch(tokens, mask))
+    logits = np.asarray(jax.jit(lambda p, x: rebuild(config, p)(x))(params, tokens[:, :-1]))
+    want = 0.0
+    for b, t in zip(*np.nonzero(mask), strict=True):
+        want += np.log(np.exp(logits[b, t]).sum()) - logits[b, t, tokens[b, t + 1]]
+    np.testing.assert_allclose([total, sums["nats_per_token"]], [want, want], rtol=1e-5)
+    assert float(sums["weight"]) == mask.sum()
 
 
 POLICY = {"low": 0.2, "high": 0.3}
@@ -349,6 +365,11 @@ def test_a_population_of_losses_is_the_losses_one_by_one():
         np.testing.assert_allclose(many[1][p], f(a, b, c, d[:, 0], mask)[0], rtol=1e-6)
         np.testing.assert_allclose(many[2][p], rewards.gae(a, b, mask, gamma=1., lam=.9)[1],
                                    rtol=1e-5, atol=1e-6)
+    betas = jnp.asarray([0.1, 0.5])  # a dial may vary as well
+    four = [x[0, :, 0] for x in args]
+    each = functools.partial(losses.dpo, *four, jnp.ones(4), smoothing=0.0)
+    np.testing.assert_allclose(jax.vmap(lambda b: each(beta=b)[0])(betas),
+                               [each(beta=float(b))[0] for b in betas], rtol=1e-6)
 
 
 def test_half_precision_is_widened_before_anything_is_summed():

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from tinylm.model.decoder import ModelConfig, Params, rebuild
 from tinylm.train.batch import Batch
-from tinylm.train.rewards import kl_estimate, wide
+from tinylm.train.rewards import Scalar, kl_estimate, wide
 
 Sums = dict[str, Array]
 Loss = Callable[[Params, Any], tuple[Array, Sums]]
@@ -45,7 +45,7 @@ def next_token(config: ModelConfig, z_loss: float = 0.0, unroll: bool = True) ->
 
 def token_logp(
     logits: Float[Array, "B T V"], targets: Int[Array, "B T"],
-    temperature: Float[Array, ""] | float = 1.0,
+    temperature: Scalar = 1.0,
 ) -> Float[Array, "B T"]:
     """Give log p(target) in nats under softmax(logits / temperature), each position.
 
@@ -68,7 +68,7 @@ def best_first(mask: Float[Array, "B R"]) -> Float[Array, "B R R"]:
 
 def bradley_terry(
     scores: Float[Array, "B R"], wins: Float[Array, "B R R"],
-    margin: Float[Array, "#B #R #R"] | float = 0.0, center: float = 0.0,
+    margin: Float[Array, "#B #R #R"] | float = 0.0, center: Scalar = 0.0,
 ) -> tuple[Float[Array, ""], Sums]:
     """Sum over prompts -log sigmoid(score_i - score_j - margin), averaged over a prompt's pairs.
 
@@ -103,8 +103,8 @@ def plackett_luce(
 
 def dpo(
     chosen: Float[Array, "B"], rejected: Float[Array, "B"], ref_chosen: Float[Array, "B"],
-    ref_rejected: Float[Array, "B"], weights: Float[Array, "B"], *, beta: float,
-    smoothing: float,
+    ref_rejected: Float[Array, "B"], weights: Float[Array, "B"], *, beta: Scalar,
+    smoothing: Scalar,
 ) -> tuple[Float[Array, ""], Sums]:
     """Sum -log sigmoid(beta * ((chosen - its ref) - (rejected - its ref))) over pairs (2305.18290).
 
@@ -126,7 +126,7 @@ def dpo(
 
 def clipped_policy(
     logp: Float[Array, "B T"], old: Float[Array, "B T"], advantages: Float[Array, "B T"],
-    weights: Float[Array, "B T"], *, low: float, high: float,
+    weights: Float[Array, "B T"], *, low: Scalar, high: Scalar,
 ) -> tuple[Float[Array, ""], Sums]:
     """Sum -min(ratio * A, clip(ratio, 1 - low, 1 + high) * A), ratio = p / p_old (1707.06347).
 
@@ -142,7 +142,7 @@ def clipped_policy(
 
 def clipped_value(
     values: Float[Array, "B T"], old: Float[Array, "B T"], returns: Float[Array, "B T"],
-    mask: Float[Array, "B T"], *, clip: float,
+    mask: Float[Array, "B T"], *, clip: Scalar,
 ) -> tuple[Float[Array, ""], Sums]:
     """Sum the larger of half the squared errors of `values` and of them held within old +- clip."""
     values = wide(values)
@@ -156,8 +156,8 @@ def clipped_value(
 def ppo(
     logp: Float[Array, "B T"], values: Float[Array, "B T"], old: Float[Array, "B T"],
     old_values: Float[Array, "B T"], advantages: Float[Array, "B T"],
-    returns: Float[Array, "B T"], mask: Float[Array, "B T"], *, clip: float, value_clip: float,
-    value_weight: float,
+    returns: Float[Array, "B T"], mask: Float[Array, "B T"], *, clip: Scalar, value_clip: Scalar,
+    value_weight: Scalar,
 ) -> tuple[Float[Array, ""], Sums]:
     """Sum the clipped policy loss + value_weight * the clipped value loss, over tokens.
 
@@ -192,8 +192,8 @@ def length_weights(
 
 def grpo(
     logp: Float[Array, "B T"], old: Float[Array, "B T"], ref: Float[Array, "B T"],
-    advantages: Float[Array, "B"], mask: Float[Array, "B T"], *, low: float, high: float,
-    beta: float, kl: Literal["k1", "k2", "k3"], length: Literal["response", "tokens", "budget"],
+    advantages: Float[Array, "B"], mask: Float[Array, "B T"], *, low: Scalar, high: Scalar,
+    beta: Scalar, kl: Literal["k1", "k2", "k3"], length: Literal["response", "tokens", "budget"],
     budget: int,
 ) -> tuple[Float[Array, ""], Sums]:
     """Sum the clipped policy loss of a response's one advantage + beta * its KL estimate as a loss.

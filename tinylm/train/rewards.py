@@ -1,6 +1,7 @@
 """From scores to advantages: KL to the reference, reward on the end token, GAE, group baselines.
 
-All of it is computed once a rollout, over the whole batch, and is constant to the loss.
+What becomes a reward or an advantage is computed once a rollout, over the whole batch, and is
+constant to the loss.
 """
 
 from typing import Literal
@@ -8,6 +9,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+Scalar = Float[Array, ""] | float
+"""a dial that a population may vary without a new program"""
 
 
 def kl_estimate(apart: Float[Array, "..."], kind: Literal["k1", "k2", "k3"]) -> Float[Array, "..."]:
@@ -41,7 +45,7 @@ def entropy(logits: Float[Array, "B T V"]) -> Float[Array, "B T"]:
 
 def shaped(
     scores: Float[Array, "B"], logp: Float[Array, "B T"], ref: Float[Array, "B T"],
-    mask: Float[Array, "B T"], *, beta: float,
+    mask: Float[Array, "B T"], *, beta: Scalar,
 ) -> Float[Array, "B T"]:
     """Give each token's reward: -beta * (logp - ref), and the score on the last real token.
 
@@ -55,7 +59,7 @@ def shaped(
 
 def gae(
     rewards: Float[Array, "B T"], values: Float[Array, "B T"], mask: Float[Array, "B T"], *,
-    gamma: float, lam: float,
+    gamma: Scalar, lam: Scalar,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Give generalised advantages (1506.02438) and the returns, advantage + value.
 
