@@ -171,6 +171,16 @@ def test_kl_as_a_loss_has_the_gradient_that_its_name_says():
     np.testing.assert_allclose(rewards.exact_kl(logits[None], ref[None])[0], kl[:, 0], rtol=1e-5)
     flat = rewards.entropy(jnp.zeros((1, 1, 7)))
     np.testing.assert_allclose(flat, math.log(7), rtol=1e-6)
+    barred = jnp.asarray([[[0.0, -jnp.inf, 1.0, 0.5, 0.2]]])  # an id that may not be sampled
+
+    def both(x):
+        return jnp.sum(rewards.entropy(x) + rewards.exact_kl(x, 2 * barred))
+
+    without = barred[..., jnp.asarray([0, 2, 3, 4])]
+    want = rewards.entropy(without) + rewards.exact_kl(without, 2 * without)
+    value, grad = jax.value_and_grad(both)(barred)
+    np.testing.assert_allclose(value, want[0, 0], rtol=1e-6)
+    assert np.isfinite(grad).all()
 
 
 def test_a_temperature_divides_the_logits_before_the_softmax():

@@ -34,13 +34,15 @@ def exact_kl(
 ) -> Float[Array, "B T"]:
     """Give KL(softmax(logits) || softmax(ref)) over the whole vocabulary, nats each position."""
     logp, logq = jax.nn.log_softmax(wide(logits)), jax.nn.log_softmax(wide(ref))
-    return jnp.sum(jnp.exp(logp) * (logp - logq), axis=-1)
+    p = jnp.exp(logp)  # 0 for an id whose logit is -inf, which then counts for nothing
+    return jnp.sum(p * jnp.where(p > 0, logp - logq, 0.0), axis=-1)
 
 
 def entropy(logits: Float[Array, "B T V"]) -> Float[Array, "B T"]:
     """Give the entropy of softmax(logits), nats each position; ln V where it is uniform."""
     logp = jax.nn.log_softmax(wide(logits))
-    return -jnp.sum(jnp.exp(logp) * logp, axis=-1)
+    p = jnp.exp(logp)
+    return -jnp.sum(p * jnp.where(p > 0, logp, 0.0), axis=-1)
 
 
 def shaped(
