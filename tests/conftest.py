@@ -13,7 +13,8 @@ machine.pin(devices=4)
 
 from jaxtyping import install_import_hook  # noqa: E402
 
-HOOK = install_import_hook("tinylm.model", "beartype.beartype")
+HOOK = install_import_hook(["tinylm.model", "tinylm.train.losses", "tinylm.train.rewards",
+                            "tinylm.evaluate.rates"], "beartype.beartype")
 
 
 @pytest.fixture(scope="session")

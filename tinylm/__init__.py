@@ -1,14 +1,14 @@
 """A scaling-law laboratory in JAX. The map, floor by floor; a module imports from lower floors.
 
 0  config, files, machine   frozen configs and ids; atomic, verified files; what is pinned
-1  laws/, text/             parameters, FLOPs, fits, forecasts; corpora, tokenizer, token files
-2  model/                   Flax modules, n-gram tables, sampling
-3  train/                   batches, losses, the optimiser, one step, its loop, the run folder
-4  evaluate/                held-out loss, baselines, samples
+1  laws/, text/             parameters, FLOPs, fits, forecasts; corpora, tokenizer, tasks, shards
+2  model/                   Flax modules, heads, n-gram tables, sampling
+3  train/                   batches, losses, rewards, optimiser, one step, its loop, run folders
+4  evaluate/                held-out loss, baselines, samples, rates with intervals
 5  stages/                  pretrain, sft: one readable function each
 6  sweep/, look/            many runs over workers; what a person sees
 8  __main__                 the command line
 
 Letters: B batch, T query time, S key time, V vocabulary, D width, F mlp width, L layers, H query
-heads, G key/value heads, K head width.
+heads, G key/value heads, K head width, R responses to a prompt.
 """

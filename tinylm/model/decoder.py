@@ -116,6 +116,15 @@ class Decoder(nnx.Module):
         `segments` (conversation numbers) keep packed sequences apart: attention stays inside a
         segment and positions restart with it.
         """
+        return self.head(self.states(tokens, segments, unroll))
+
+    def states(
+        self,
+        tokens: Int[Array, "B T"],
+        segments: Int[Array, "B T"] | None = None,
+        unroll: bool = True,
+    ) -> Float[Array, "B T D"]:
+        """Give the residual stream after the last block, before the norm."""
         T = tokens.shape[1]
         index = np.arange(T)
         visible = (index[:, None] >= index[None, :])[None]
@@ -126,11 +135,11 @@ class Decoder(nnx.Module):
             positions = index[None] - jax.lax.cummax(jnp.where(fresh, index[None], 0), axis=1)
         turn, x = self._begin(tokens, positions)
         if not unroll:
-            x, _ = jax.lax.scan(lambda x, block: (block(x, turn, visible)[0], None), x, self.layers)
-            return self.head(x)
+            return jax.lax.scan(lambda x, block: (block(x, turn, visible)[0], None), x,
+                                self.layers)[0]
         for block in self.blocks():
             x, _ = block(x, turn, visible)
-        return self.head(x)
+        return x
 
     def blocks(self) -> list[Block]:
         """Give the layers one by one (cut them once, outside a loop that uses them)."""

@@ -1,10 +1,11 @@
 """Losses: arrays in, a weighted sum and its metrics out. The step divides by the total weight.
 
 Sums, not means, so that micro-batches and devices of unequal weight add up to the same gradient.
+Masks are 1 for what counts: a response's tokens up to and with its end, never its padding.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from tinylm.model.decoder import ModelConfig, Params, rebuild
 from tinylm.train.batch import Batch
+from tinylm.train.rewards import Scalar, kl_estimate, wide
 
 Sums = dict[str, Array]
 Loss = Callable[[Params, Any], tuple[Array, Sums]]
@@ -39,3 +41,175 @@ def next_token(config: ModelConfig, z_loss: float = 0.0, unroll: bool = True) ->
         return jnp.sum(w * (each + z_loss * logz**2)), sums
 
     return loss
+
+
+def token_logp(
+    logits: Float[Array, "B T V"], targets: Int[Array, "B T"],
+    temperature: Scalar = 1.0,
+) -> Float[Array, "B T"]:
+    """Give log p(target) in nats under softmax(logits / temperature), each position.
+
+    For rollouts the temperature is the sampler's, else old and new differ before any step.
+    """
+    return -nll(wide(logits) / temperature, targets)[0]
+
+
+def sequence_logp(
+    logits: Float[Array, "B T V"], targets: Int[Array, "B T"], mask: Float[Array, "B T"]
+) -> Float[Array, "B"]:
+    """Sum log p(target) in nats over the masked-in positions, the end of the turn among them."""
+    return jnp.sum(_kept(token_logp(logits, targets), mask), axis=-1)
+
+
+def best_first(mask: Float[Array, "B R"]) -> Float[Array, "B R R"]:
+    """Give the pairs of responses ranked best to worst: 1 where i is real, j real and below i."""
+    return jnp.triu(mask[:, :, None] * mask[:, None, :], 1)
+
+
+def bradley_terry(
+    scores: Float[Array, "B R"], wins: Float[Array, "B R R"],
+    margin: Float[Array, "#B #R #R"] | float = 0.0, center: Scalar = 0.0,
+) -> tuple[Float[Array, ""], Sums]:
+    """Sum over prompts -log sigmoid(score_i - score_j - margin), averaged over a prompt's pairs.
+
+    `wins[b, i, j]` weighs "i beats j": `best_first` for a ranking, both ways for noisy or soft
+    labels, 0 for a tie or a missing response. All pairs of a prompt share one mean, so a prompt
+    counts once (InstructGPT 2203.02155, sec. 3.5). `center` pulls score_i + score_j to 0
+    (2312.09244), `margin` is Llama 2's (2307.09288). Nats; accuracy counts equal scores half.
+    """
+    scores = wide(scores)
+    gap = scores[:, :, None] - scores[:, None, :]
+    each = -jax.nn.log_sigmoid(gap - margin)
+    each = each + center * (scores[:, :, None] + scores[:, None, :]) ** 2
+    pairs = jnp.sum(wins, axis=(1, 2))
+    share = wins / jnp.where(pairs > 0, pairs, 1.0)[:, None, None]
+    total = jnp.sum(_kept(each, share))
+    return total, {"nats_per_pair": jnp.sum(_kept(-jax.nn.log_sigmoid(gap), share)),
+                   "accuracy": jnp.sum(share * (jnp.sign(gap) + 1) / 2),
+                   "score_gap": jnp.sum(_kept(gap, share)),
+                   "weight": jnp.sum(pairs > 0).astype(total.dtype)}
+
+
+def plackett_luce(
+    scores: Float[Array, "B R"], mask: Float[Array, "B R"]
+) -> tuple[Float[Array, ""], Sums]:
+    """Sum over prompts -log p(the ranking, best to worst), each place a softmax of what is left."""
+    scores = jnp.where(mask > 0, wide(scores), -jnp.inf)
+    left = jax.lax.cumlogsumexp(scores, axis=1, reverse=True)
+    total = jnp.sum(jnp.where(mask > 0, left - scores, 0.0))
+    return total, {"nats_per_ranking": total,
+                   "weight": jnp.sum(jnp.any(mask > 0, axis=1)).astype(total.dtype)}
+
+
+def dpo(
+    chosen: Float[Array, "B"], rejected: Float[Array, "B"], ref_chosen: Float[Array, "B"],
+    ref_rejected: Float[Array, "B"], weights: Float[Array, "B"], *, beta: Scalar,
+    smoothing: Scalar,
+) -> tuple[Float[Array, ""], Sums]:
+    """Sum -log sigmoid(beta * ((chosen - its ref) - (rejected - its ref))) over pairs (2305.18290).
+
+    Arguments are log-probabilities *summed* over a response (`sequence_logp`), in nats.
+    `smoothing` is the share of labels taken to be flipped (E. Mitchell's note on cDPO, 2023). At
+    the reference the loss is ln 2 a pair. `chosen_logp` is reported since it may fall while the
+    loss does.
+    """
+    reward_chosen = beta * (wide(chosen) - ref_chosen)
+    reward_rejected = beta * (wide(rejected) - ref_rejected)
+    gap = reward_chosen - reward_rejected
+    each = -(1 - smoothing) * jax.nn.log_sigmoid(gap) - smoothing * jax.nn.log_sigmoid(-gap)
+    metrics = {"nats_per_pair": each, "accuracy": (jnp.sign(gap) + 1) / 2, "reward_gap": gap,
+               "reward_chosen": reward_chosen, "reward_rejected": reward_rejected,
+               "chosen_logp": chosen, "rejected_logp": rejected}
+    sums = {name: jnp.sum(_kept(value, weights)) for name, value in metrics.items()}
+    return sums["nats_per_pair"], sums | {"weight": jnp.sum(weights)}
+
+
+def clipped_policy(
+    logp: Float[Array, "B T"], old: Float[Array, "B T"], advantages: Float[Array, "B T"],
+    weights: Float[Array, "B T"], *, low: Scalar, high: Scalar,
+) -> tuple[Float[Array, ""], Sums]:
+    """Sum -min(ratio * A, clip(ratio, 1 - low, 1 + high) * A), ratio = p / p_old (1707.06347).
+
+    `weights` is the mask, or `length_weights`. old_kl_nats is the k1 estimate of KL(old || new).
+    """
+    moved = jnp.where(weights > 0, wide(logp) - old, 0.0)
+    ratio = jnp.exp(moved)
+    free, held = ratio * advantages, jnp.clip(ratio, 1 - low, 1 + high) * advantages
+    total = -jnp.sum(_kept(jnp.minimum(free, held), weights))
+    return total, {"policy_loss": total, "clipped": jnp.sum(weights * (held < free)),
+                   "old_kl_nats": -jnp.sum(weights * moved), "weight": jnp.sum(weights)}
+
+
+def clipped_value(
+    values: Float[Array, "B T"], old: Float[Array, "B T"], returns: Float[Array, "B T"],
+    mask: Float[Array, "B T"], *, clip: Scalar,
+) -> tuple[Float[Array, ""], Sums]:
+    """Sum the larger of half the squared errors of `values` and of them held within old +- clip."""
+    values = wide(values)
+    near = jnp.clip(values, old - clip, old + clip)
+    free, held = (values - returns) ** 2 / 2, (near - returns) ** 2 / 2
+    total = jnp.sum(_kept(jnp.maximum(free, held), mask))
+    return total, {"value_loss": total, "value_clipped": jnp.sum(mask * (held > free)),
+                   "weight": jnp.sum(mask)}
+
+
+def ppo(
+    logp: Float[Array, "B T"], values: Float[Array, "B T"], old: Float[Array, "B T"],
+    old_values: Float[Array, "B T"], advantages: Float[Array, "B T"],
+    returns: Float[Array, "B T"], mask: Float[Array, "B T"], *, clip: Scalar, value_clip: Scalar,
+    value_weight: Scalar,
+) -> tuple[Float[Array, ""], Sums]:
+    """Sum the clipped policy loss + value_weight * the clipped value loss, over tokens.
+
+    The KL to the reference is in the rewards (rewards.shaped), as in InstructGPT (2203.02155);
+    advantages and returns come from rewards.gae, once a rollout, before the batch is cut.
+    """
+    policy, sums = clipped_policy(logp, old, advantages, mask, low=clip, high=clip)
+    value, others = clipped_value(values, old_values, returns, mask, clip=value_clip)
+    return policy + value_weight * value, others | sums
+
+
+def length_weights(
+    mask: Float[Array, "B T"], length: Literal["response", "tokens", "budget"], budget: int
+) -> tuple[Float[Array, "B T"], Float[Array, ""]]:
+    """Weigh tokens as the paper does; give the weights and the total that divides the sum.
+
+    response: each response's mean, each response once (GRPO, 2402.03300); tokens: each token
+    once (DAPO, 2503.14476); budget: the sum over `budget` tokens, each response once (Dr. GRPO,
+    2503.20783). A budget of 1 with rewards.group_advantages(baseline="others") is RLOO.
+    """
+    mask = wide(mask)
+    tokens = jnp.sum(mask, axis=-1, keepdims=True)
+    responses = jnp.sum(tokens > 0).astype(mask.dtype)
+    match length:
+        case "response":
+            return mask / jnp.maximum(tokens, 1.0), responses
+        case "tokens":
+            return mask, jnp.sum(mask)
+        case "budget":
+            return mask / budget, responses
+
+
+def grpo(
+    logp: Float[Array, "B T"], old: Float[Array, "B T"], ref: Float[Array, "B T"],
+    advantages: Float[Array, "B"], mask: Float[Array, "B T"], *, low: Scalar, high: Scalar,
+    beta: Scalar, kl: Literal["k1", "k2", "k3"], length: Literal["response", "tokens", "budget"],
+    budget: int,
+) -> tuple[Float[Array, ""], Sums]:
+    """Sum the clipped policy loss of a response's one advantage + beta * its KL estimate as a loss.
+
+    On policy the expected gradient of k2 is that of KL(pi || ref), that of k3 is that of
+    KL(ref || pi), that of k1 is none (2510.01555); for the KL in the reward set beta=0 here and
+    take advantages of rewards.shaped(...).sum(-1). Every metric is weighed as the loss is.
+    """
+    weights, total = length_weights(mask, length, budget)
+    each = jnp.broadcast_to(advantages[:, None], mask.shape)
+    policy, sums = clipped_policy(logp, old, each, weights, low=low, high=high)
+    apart = jnp.where(mask > 0, wide(logp) - ref, 0.0)
+    penalty = jnp.sum(weights * kl_estimate(apart, kl))
+    return policy + beta * penalty, sums | {f"kl_{kl}_nats": penalty, "weight": total}
+
+
+def _kept(x: Array, weights: Array) -> Array:
+    """Weigh, with nothing (not 0 * inf) where the weight is 0."""
+    return jnp.where(weights > 0, weights * x, 0.0)

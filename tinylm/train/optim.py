@@ -140,6 +140,6 @@ def _factor(path: tuple, shape: tuple[int, ...], kind: str, model: ModelConfig) 
     if kind == "muon" and _decays(path):
         inputs = math.prod(shape[1:-1]) if names[-1] == "o_proj" else shape[1]
         return 1.6 * math.sqrt(max(1.0, math.prod(shape[1:]) / inputs**2))
-    hidden = names[-1].endswith("_proj") or names[0] == "lm_head"
+    hidden = names[-1].endswith("_proj") or names[0] in ("lm_head", "score_head")
     as_head = names[0] == "embed_tokens" and model.kind == "transformer" and model.tied
     return WIDTH / model.D if hidden or as_head else 1.0

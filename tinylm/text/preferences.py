@@ -1,0 +1,85 @@
+"""Preferences from a user's JSONL: a prompt and its responses, best to worst, split by prompt."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tinylm.config import BadInput, digest
+from tinylm.text.corpora import rows, turns
+
+SHAPES = ('{"prompt": "..." or "messages": [...], and either "chosen": "...", "rejected": "..." '
+          'or "responses": [best, ..., worst]}')
+
+
+class Preference(NamedTuple):
+    """A conversation that waits for an answer, and two or more answers, best to worst."""
+
+    messages: tuple[tuple[str, str], ...]
+    responses: tuple[str, ...]
+
+
+def read_jsonl(path: Path) -> list[Preference]:
+    """Read one preference a line; BadInput names file, line and reason for anything else."""
+    return [Preference(_messages(row, where), _responses(row, where)) for where, row in rows(path)]
+
+
+def split(preferences: Sequence[Preference],
+          heldout: float) -> tuple[list[Preference], list[Preference]]:
+    """Hold out whole prompts in the order of their hashes until the share of rows is reached.
+
+    Prompts that differ in case or white space alone are one, so none is on both sides. BadInput
+    for a share outside 0..1 or fewer than two prompts.
+    """
+    if not 0 < heldout < 1:
+        raise BadInput(f"heldout={heldout} is not a share of the rows; choose one such as 0.1")
+    groups: dict[str, list[int]] = {}
+    for n, one in enumerate(preferences):
+        asked = [[role, " ".join(text.casefold().split())] for role, text in one.messages]
+        groups.setdefault(digest(asked), []).append(n)
+    if len(groups) < 2:
+        raise BadInput(f"{len(preferences)} preferences are about {len(groups)} prompt, and one "
+                       "must be held out; bring at least 2 different prompts")
+    held: set[int] = set()
+    for _, group in sorted(groups.items())[:-1]:
+        if held and len(held) + len(group) > heldout * len(preferences):
+            break
+        held |= set(group)
+    return ([p for n, p in enumerate(preferences) if n not in held],
+            [p for n, p in enumerate(preferences) if n in held])
+
+
+def _messages(row: dict[str, Any], where: str) -> tuple[tuple[str, str], ...]:
+    if ("prompt" in row) == ("messages" in row):
+        found = "both prompt and messages" if "prompt" in row else "neither prompt nor messages"
+        raise BadInput(f"{where} has {found}; write {SHAPES}")
+    if "prompt" in row:
+        return (("user", _text(row["prompt"], "prompt", where)),)
+    messages = turns(row, where)
+    if messages[-1][0] != "user":
+        raise BadInput(f"{where} messages end with role {messages[-1][0]!r}; end with the user's, "
+                       "which the responses answer")
+    return messages
+
+
+def _responses(row: dict[str, Any], where: str) -> tuple[str, ...]:
+    keys = set(row) - {"prompt", "messages"}
+    if keys == {"chosen", "rejected"}:
+        found = tuple(_text(row[k], k, where) for k in ("chosen", "rejected"))
+    elif keys == {"responses"}:
+        listed = row["responses"]
+        if not isinstance(listed, list) or len(listed) < 2:
+            raise BadInput(f"{where} has no list of 2 or more responses; write {SHAPES}")
+        found = tuple(_text(t, f"response {n}", where) for n, t in enumerate(listed, 1))
+    else:
+        raise BadInput(f"{where} has the fields {', '.join(sorted(row)) or 'of nothing'}; "
+                       f"write {SHAPES} and nothing else")
+    if len(set(found)) < len(found):
+        raise BadInput(f"{where} prefers a response to itself; delete the repeated one")
+    return found
+
+
+def _text(value: Any, name: str, where: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        kind = "empty" if isinstance(value, str) else f"a {type(value).__name__}"
+        raise BadInput(f"{where} {name} is {kind}; give it text")
+    return value
