@@ -272,6 +272,15 @@ def test_a_sweep_without_minima_is_forecast_roughly_only_if_asked():
     assert "no past forecast" in rough.coverage and rough.weights == {"best_runs": 1.0}
 
 
+def test_the_recorded_simulations_hold_what_they_claim():
+    found = files.read_json(RESULTS / "simulate_intervals.json")
+    assert found["unknown"]["all"]["multiplier"] == intervals.shipped()["multiplier"]
+    assert found["known"]["all"]["draws"] == 500 and found["unknown"]["all"]["draws"] == 1000
+    for part in found.values():
+        assert 0.85 < part["all"]["held"] < 0.95
+        assert min(told["held"] for told in part.values()) > 0.75
+
+
 def test_a_planted_cost_of_depth_is_found():
     runs, rng = study(0.0), np.random.default_rng(0)
     layers = rng.integers(1, 5, 35)
