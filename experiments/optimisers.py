@@ -5,7 +5,7 @@ question   Each tuned over 5 rates at three widths and 3 seeds: how do the best 
 command    python experiments/optimisers.py --out studies/optimisers
 cost       about 20 minutes on two cores
 expected   Muon lower at equal tokens by .02 nats or more; at equal time undecided at small widths
-result     experiments/results/optimisers.csv, optimisers.json
+result     not run yet at full size (its toy size runs in the tests); AdamW is the default meanwhile
 """
 
 import sys

@@ -6,7 +6,8 @@
 3  train/                   batches, losses, rewards, optimiser, one step, its loop, run folders
 4  evaluate/                held-out loss, baselines, samples, rates with intervals
 5  stages/                  pretrain, sft: one readable function each
-6  sweep/, look/            many runs over workers; what a person sees
+6  sweep/                   many runs over workers
+7  look/, bench             what a person sees; the machine and ourselves, timed
 8  __main__                 the command line
 
 Letters: B batch, T query time, S key time, V vocabulary, D width, F mlp width, L layers, H query

@@ -151,7 +151,7 @@ def _row(budget, shapes, per_budget, spread, batch_tokens, middle):
     if len(fitting) < LEAST_SIZES or per_budget < LEAST_SIZES:
         raise BadInput(f"{min(len(fitting), per_budget)} sizes at {budget:.3g} FLOPs within "
                        f"{spread:g} times of {middle:.3g} params, {LEAST_SIZES} are needed; "
-                       "add shapes, widen the spread or ask for more")
+                       "raise the FLOPs, add shapes, widen the spread or ask for more")
     chosen = []
     for i in range(min(per_budget, len(fitting))):
         aim = math.log(spread) * (2 * i / (per_budget - 1) - 1)
