@@ -43,6 +43,11 @@ def test_rates_best_at_an_edge_are_said_before_the_forecast():
     assert "0.004 of 0.001 to 0.004 at width 16" in warning
     assert law.tuning_gate(law.tuning_verdict(
         [tried(1e-3, 4.0), tried(2e-3, 3.8), tried(4e-3, 3.9)])) == ""
+    by_seed = law.tuning_verdict([tried(1e-3, 3.9), tried(2e-3, 3.91), tried(4e-3, 4.0)])
+    assert by_seed[0]["best"] == 1e-3 and not by_seed[0]["at_edge"]
+    lost = law.tuning_verdict([{**tried(1e-3, 0), "loss": None}, {**tried(2e-3, 0), "loss": None},
+                               tried(4e-3, 4.0)])
+    assert lost[0]["at_edge"]
     assert "no learning rates were compared" in law.tuning_gate([])
     made = forecast.Forecast(2, "n", 1e9, 1.0, 1.0, 3.0, 2.9, 3.1, {}, {}, "", {}, "held 7 of 9",
                              warning, 3.0, (), "e")
