@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from test_laws_forms import LAWS, planted
 
-from tinylm import verbs
 from tinylm.config import BadInput
 from tinylm.laws.fit import fit_frontier
 from tinylm.laws.forms import Coupled, Surface
 from tinylm.laws.isoflop import minima
 from tinylm.laws.runs import Runs
 from tinylm.laws.table import cleaned, compare, fit_form, told
+from tinylm.verbs import laws as verbs
 
 SURFACE, COUPLED = LAWS[0], LAWS[1]
 

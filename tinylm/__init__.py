@@ -8,7 +8,8 @@
 5  stages/                  pretrain, sft: one readable function each
 6  sweep/                   many runs over workers
 7  look/, bench             what a person sees; the machine and ourselves, timed
-8  __main__                 the command line
+8  verbs/                   the command line's verbs
+9  __main__                 argv, signals, exit codes
 
 Letters: B batch, T query time, S key time, V vocabulary, D width, F mlp width, L layers, H query
 heads, G key/value heads, K head width, R responses to a prompt.

@@ -1,6 +1,7 @@
 """What a person sees in the terminal while a study runs: bars, a live table, short tables."""
 
 import contextlib
+import json
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -220,3 +221,11 @@ def benched(found: dict[str, Any]) -> str:
     unit = "tokens/s" if "tokens_per_second" in found else "GFLOP/s"
     return "\n".join(f"{name:>28} {r['median']:12,.1f} {unit}  [{r['low']:,.1f}, {r['high']:,.1f}]"
                      for name, r in rates.items())
+
+
+def answer(value: dict[str, Any], as_json: bool, words: str) -> None:
+    """Show the result to a person, or as one JSON object on the last line of stdout."""
+    if as_json:
+        print(json.dumps(value))
+    else:
+        print(words)

@@ -107,12 +107,12 @@ def table(folders: Iterable[Path]) -> list[dict[str, Any]]:
 def code_id() -> str:
     """Hash the sources that a run's bits depend on: 16 hex digits, recorded with every run.
 
-    These are all of tinylm's but what launches runs and shows them (sweep, look, the verbs).
+    These are all of tinylm's but what launches runs and shows them (sweep, look, bench, verbs).
     """
     root = Path(__file__).parent.parent
     total = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
-        if path.relative_to(root).parts[0] in ("sweep", "look", "verbs.py", "__main__.py"):
+        if path.relative_to(root).parts[0] in ("sweep", "look", "bench.py", "verbs", "__main__.py"):
             continue
         total.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
     return total.hexdigest()[:16]

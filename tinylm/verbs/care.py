@@ -1,0 +1,80 @@
+"""Verbs that look after what is there: bench, report, verify."""
+
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Positional
+
+from tinylm import files
+from tinylm.config import BadInput
+from tinylm.look import progress
+
+NOTES = ("config.json", "plan.json", "record.json", "failure.json", "environment.json",
+         "sweep.json", "tuning.json", "baselines.json", "law.json", "forecast.json", "score.json",
+         "samples.json")
+"""the files that a run, a sweep and a study leave outside sealed folders"""
+
+
+def bench(what: Positional[Literal["machine", "train", "decode"]],
+          shapes: tuple[str, ...] = ("s", "m", "l", "xl"), models: int = 1, rounds: int = 5,
+          json: bool = False) -> None:
+    """Time this machine's matrix products, training or decoding.
+
+    Args:
+        what: machine is the ceiling that the others are held against
+        shapes: s, m, l or xl (tinylm/bench.py)
+        models: for train: 1 model over all devices, or so many pinned processes with one each
+        rounds: the median is over these, taken in turn
+        json: print the record on the last line
+    """
+    from tinylm import bench as timed
+
+    match what:
+        case "machine":
+            found = timed.peak(rounds)
+        case "train":
+            found = timed.train(shapes, models, rounds)
+        case "decode":
+            found = timed.generation(shapes, rounds=rounds)
+    progress.answer(found, json, progress.benched(found))
+
+
+def report(study: Positional[Path]) -> None:
+    """Write the report of a study again from its records.
+
+    Args:
+        study: folder of the study
+    """
+    from tinylm.look import report as reports  # its plots take a second to import
+
+    if not (study / "law.json").exists():
+        raise BadInput(f"{study} is no study (no law.json); give a folder that study.py filled")
+    print(reports.write(study))
+
+
+def verify(path: Positional[Path], json: bool = False) -> None:
+    """Check every manifest and record below a folder and name each bad file.
+
+    Args:
+        path: a run, a sweep, a prepared folder or a whole study
+        json: print what was found on the last line
+    """
+    sealed = sorted(p.parent for p in path.rglob(files.MANIFEST))
+    notes = sorted(p for name in NOTES for p in path.rglob(name))
+    if not sealed and not notes:
+        raise BadInput(f"{path} holds nothing that tinylm sealed; give a run, text or study folder")
+    bad = [problem for folder in sealed for problem in files.problems(folder)]
+    for note in notes:
+        try:
+            listed = files.read_json(note).get("files", {})
+        except files.Damaged as damage:
+            bad.append(str(damage))
+            continue
+        bad += [f"{note.parent / name} has other bytes than its record says"
+                for name, sha in listed.items()
+                if not (note.parent / name).exists() or files.sha256(note.parent / name) != sha]
+    progress.answer({"checked": len(sealed) + len(notes), "bad": bad}, json,
+                    "\n".join(bad)
+                    or f"{len(sealed)} sealed folders and {len(notes)} notes are sound")
+    if bad:
+        raise SystemExit(1)

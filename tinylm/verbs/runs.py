@@ -1,0 +1,176 @@
+"""Verbs that prepare text, train and measure: tokenizer, train, sweep, sft, eval."""
+
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from tinylm import files, machine
+from tinylm.config import BadInput
+from tinylm.evaluate import heldout
+from tinylm.laws import forecast as forecasts
+from tinylm.look import progress
+from tinylm.model.decoder import ModelConfig
+from tinylm.stages import pretrain
+from tinylm.stages import sft as tuning
+from tinylm.sweep import cells, runner
+from tinylm.sweep.presets import RateRule
+from tinylm.text import corpora, prepare
+from tinylm.text.chat import pack, read_jsonl, render
+from tinylm.train.optim import OptimConfig
+from tinylm.verbs import folders
+
+
+def tokenizer(out: Path, corpus: tuple[str, ...] = (), field: str = "text", V: int = 1024,
+              text: str = "", json: bool = False) -> None:
+    """Train a tokenizer and token files in OUT, or show how they cut TEXT.
+
+    Args:
+        out: folder for the tokenizer and the token files
+        corpus: .txt, .jsonl or .parquet files, plain or .gz/.bz2/.xz; none: the default corpus
+        field: the text field of .jsonl and .parquet rows
+        V: rows of the vocabulary
+        text: a text to cut into pieces
+        json: print one JSON object on the last line
+    """
+    if text:
+        learnt = prepare.open_tokenizer(out)
+        ids = learnt.encode(text)
+        shown = {"pieces": [learnt.piece(int(i)) for i in ids], "ids": ids.tolist()}
+        progress.answer(shown, json, " | ".join(shown["pieces"]))
+        return
+    data, learnt = folders.prepared(out, corpus, field, V)
+    told = {"V": learnt.V, "id": learnt.id, "data_id": data.id, **data.facts["counts"]}
+    words = f"V={learnt.V}, {data.bytes_per_token:.3f} bytes a token, id {learnt.id}"
+    progress.answer(told, json, words)
+
+
+def train(out: Path, corpus: tuple[str, ...] = (), field: str = "text", text: Path | None = None,
+          model: ModelConfig = ModelConfig(), optim: OptimConfig = OptimConfig(),  # noqa: B008
+          steps: int = 1000, batch: int = 512, seed: int = 0, devices: int = 0,
+          forecast: Path | None = None, json: bool = False) -> None:
+    """Pretrain one model and evaluate it; the same command again goes on or shows the result.
+
+    Args:
+        out: folder of the run
+        corpus: .txt, .jsonl or .parquet files, plain or .gz/.bz2/.xz; none: the default corpus
+        field: the text field of .jsonl and .parquet rows
+        text: a prepared folder to use instead of a corpus
+        model: the shape; D is the dial
+        optim: AdamW and its schedule
+        steps: optimiser steps
+        batch: tokens a step
+        seed: of the parameters and the order of the data
+        devices: to split a batch over; 0 means all that divide it
+        forecast: a forecast file that this run tests
+        json: print the record on the last line
+    """
+    pretrain.PretrainConfig(model, optim, steps, batch)  # refuse impossible shapes before reading
+    data, _ = folders.prepared(text or out / "text", corpus, field, model.V, reuse=text is not None)
+    target = forecasts.read(forecast).target_flops if forecast else 0.0
+    sha = files.sha256(forecast) if forecast else ""
+    config = pretrain.PretrainConfig(model, optim, steps, batch, seed, data.id, sha)
+    if target and abs(config.flops / target - 1) > 0.01:
+        raise BadInput(f"this run takes {config.flops:.4g} FLOPs and {forecast} is for "
+                       f"{target:.4g}; choose the D and steps that `tinylm forecast` printed")
+    plan = folders.plan_of(out, config.rows, config.model, devices)
+    with progress.bar("train", steps) as event:
+        record = pretrain.pretrain(out, config, data, plan, event)
+    progress.answer(record, json, progress.result(record))
+    if record["status"] != "ok":
+        raise SystemExit(1)
+
+
+def sweep(out: Path, budgets: tuple[float, ...], widths: tuple[int, ...],
+          corpus: tuple[str, ...] = (), field: str = "text", text: Path | None = None,
+          model: ModelConfig = ModelConfig(), optim: OptimConfig = OptimConfig(),  # noqa: B008
+          rule: RateRule = RateRule(), per_budget: int = 7, spread: float = 4.0,  # noqa: B008
+          batch: int = 512, seed: int = 0, dry_run: bool = False, json: bool = False) -> None:
+    """Train an isoFLOP grid: for each budget the widths around its expected best size.
+
+    Args:
+        out: folder of the sweep
+        budgets: training FLOPs of each curve
+        widths: the ladder of D
+        corpus: text files; none: the default corpus
+        field: the text field of .jsonl and .parquet rows
+        text: a prepared folder to use instead of a corpus
+        model: what the ladder leaves as it is
+        optim: AdamW and its schedule; the rule sets its rate
+        rule: the learning rate by training tokens
+        per_budget: sizes a budget
+        spread: sizes lie within this factor of the expected best
+        batch: tokens a step
+        seed: of every run
+        dry_run: print every run with its cost and stop
+        json: print the records on the last line
+    """
+    data, _ = folders.prepared(text or out / "text", corpus, field, model.V, reuse=text is not None)
+    models = cells.ladder(model, widths)
+    chosen = cells.grid(models, budgets, per_budget, spread, batch)
+    runs = [cells.config(c, models, optim, rule, batch, data.id, seed) for c in chosen]
+    if dry_run:
+        progress.say(progress.listing(runs, data, 1e11))
+        return
+    for one in runs:
+        pretrain.check(one, data, machine.Plan())
+    with progress.live("sweep") as watch:
+        records = runner.sweep(out / "runs", runs, data.folder, watch)
+    failed = len(runs) - sum(r["status"] == "ok" for r in records)
+    progress.answer({"runs": records, "failed": failed}, json,
+                    f"{len(runs) - failed} runs ok, {failed} not")
+    if failed:
+        raise SystemExit(1)
+
+
+def sft(parent: Positional[Path], out: Path, data: tuple[Path, ...] = (),
+        corpus: tuple[str, ...] = (), field: str = "text", text: Path | None = None,
+        optim: OptimConfig = OptimConfig(lr=1e-3, decay=1.0),  # noqa: B008
+        steps: int = 400, rows: int = 16, seed: int = 0, json: bool = False) -> None:
+    """Tune a finished run on conversations, with the loss on what the assistant says.
+
+    Args:
+        parent: folder of the run to tune
+        out: folder of the new run
+        data: .jsonl files of {"messages": [{"role", "content"}, ...]}; none: the corpus's own
+        corpus: text files to take conversations from where there is no data; none: the default
+        field: the text field of .jsonl and .parquet rows
+        text: the prepared folder of the parent, where it has moved
+        optim: AdamW and its schedule
+        steps: optimiser steps
+        rows: packed rows a step
+        seed: of the order of the rows
+        json: print the record on the last line
+    """
+    config, tokens, learnt = folders.opened(parent, text)
+    packed = _conversations(data, corpus, field, learnt, config.T)
+    wanted = tuning.SftConfig(config, optim, folders.finished(parent)["id"],
+                              tuning.conversations_id(*packed), steps, rows, seed)
+    plan = folders.plan_of(out, rows, config)
+    with progress.bar("sft", steps) as event:
+        record = tuning.sft(out, wanted, parent, *packed, tokens, plan, event)
+    progress.answer(record, json, progress.result(record))
+
+
+def evaluate(target: Positional[Path], text: Path | None = None, json: bool = False) -> None:
+    """Measure the held-out loss of a finished run, by part of the corpus.
+
+    Args:
+        target: folder of the run
+        text: a prepared folder with the run's tokenizer; none: the run's own
+        json: print the losses on the last line
+    """
+    config, tokens, _ = folders.opened(target, text)
+    found = heldout.heldout(config, tuning.load_params(target, config), tokens)
+    progress.answer({**found._asdict(), "eval_id": heldout.eval_id(tokens, config.T)}, json,
+                    f"{found.nats_per_token:.4f} nats a token (se {found.stderr:.4f}), "
+                    f"{found.bits_per_byte:.4f} bits a byte, {found.tokens} tokens")
+
+
+def _conversations(data, corpus, field, learnt, T):
+    if not data:
+        loaded = corpora.load(corpus, field)
+        return [tuning.pack_corpus(split, learnt, T) for split in (loaded.train, loaded.heldout)]
+    talks = [messages for path in data for messages in read_jsonl(path)]
+    held = talks[::25] if len(talks) > 1 else []
+    kept = [t for n, t in enumerate(talks) if n % 25] if held else talks
+    return [pack([render(t, learnt) for t in part], T) for part in (kept, held)]

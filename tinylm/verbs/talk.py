@@ -1,0 +1,100 @@
+"""Verbs that let a finished run speak: sample, chat."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from tyro.conf import Positional
+
+from tinylm.config import BadInput
+from tinylm.look import progress
+from tinylm.model import generate
+from tinylm.stages import sft as tuning
+from tinylm.text.chat import render
+from tinylm.text.tokenizer import BOS
+from tinylm.verbs import folders
+
+
+def sample(target: Positional[Path], prompt: str = "", count: int = 100, seed: int = 0,
+           temperature: float = 0.8, text: Path | None = None) -> None:
+    """Continue a text with a finished run, streaming to stdout.
+
+    Args:
+        target: folder of the run
+        prompt: the text to continue
+        count: new tokens at most
+        seed: of the draws
+        temperature: 0 takes the likeliest token each time
+        text: the prepared folder of the run, where it has moved
+    """
+    config, _, learnt = folders.opened(target, text)
+    ids = np.concatenate([[BOS], learnt.encode(prompt)])
+    _stream(target, config, learnt, ids, count, seed, temperature)
+
+
+def chat(target: Positional[Path], prompt: str = "", system: str = "", seed: int = 0,
+         temperature: float = 0.8, text: Path | None = None) -> None:
+    """Talk to a base or chat checkpoint; an empty line or end of input leaves.
+
+    A base checkpoint continues the talk as plain lines; a tuned one gets the template.
+
+    Args:
+        target: folder of the run
+        prompt: one message, instead of a talk
+        system: a system prompt, for tuned checkpoints
+        seed: of the draws
+        temperature: 0 takes the likeliest token each time
+        text: the prepared folder of the run, where it has moved
+    """
+    config, _, learnt = folders.opened(target, text)
+    tuned = folders.finished(target)["kind"] != "pretrain"
+    said: list[tuple[str, str]] = []
+    for message in [prompt] if prompt else _typed():
+        said.append(("user", message))
+        ids, said = _prompt(said, system, learnt, config.T, tuned)
+        try:
+            answer = _stream(target, config, learnt, ids, config.T, seed + len(said), temperature)
+        except BadInput as refusal:
+            if prompt:
+                raise
+            progress.say(f"error: {refusal}")
+            said.pop()
+            continue
+        said.append(("assistant", answer))
+
+
+def _prompt(said, system, learnt, T, tuned):
+    """Render the talk, forgetting its oldest turns until half the context is left to answer."""
+    while True:
+        if tuned:
+            head = [("system", system)] if system else []
+            ids = render([*head, *said], learnt, prompt=True)[0]
+        else:
+            ids = np.concatenate([[BOS], learnt.encode("\n".join(t for _, t in said) + "\n")])
+        if len(ids) <= T // 2 or len(said) == 1:
+            return ids, said
+        said = said[2:]
+
+
+def _typed() -> Iterator[str]:
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            return
+        if not line:
+            return
+        yield line
+
+
+def _stream(folder, config, learnt, ids, count, seed, temperature) -> str:
+    params = tuning.load_params(folder, config)
+    made, shown = [], ""
+    for part in generate.stream(config, params, ids, count, seed, temperature):
+        made += part.tolist()
+        whole = learnt.decode(made)
+        sure = whole.rstrip("\ufffd")  # the end may be inside a character
+        print(sure[len(shown):], end="", flush=True)
+        shown = sure
+    print(flush=True)
+    return shown
