@@ -1,19 +1,42 @@
 """The command line as a user meets it: results, one-line refusals, exit codes."""
 
+import ast
+import contextlib
+import io
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from test_stages_pretrain import story
 
+from tinylm import __main__, machine, verbs
+
 ROOT = Path(__file__).parent.parent
 
 
-def tinylm(*args: object, **more) -> subprocess.CompletedProcess:
+def process(*args: object, **env: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "tinylm", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=200, **more)
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=200,
+                          env={**os.environ, **env})
+
+
+def tinylm(*args: object, said: str = "") -> subprocess.CompletedProcess:
+    """The same command in this process, which has imported JAX already."""
+    argv, out, err = ["tinylm", *map(str, args)], io.StringIO(), io.StringIO()
+    with (mock.patch.object(sys, "argv", argv), mock.patch.object(sys, "stdin", io.StringIO(said)),
+          mock.patch.object(machine, "pin"), mock.patch.object(signal, "signal"),
+          contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)):
+        try:
+            code = __main__.main()
+        except SystemExit as end:
+            code = end.code or 0
+    return subprocess.CompletedProcess(argv, code, out.getvalue(), err.getvalue())
 
 
 def last(done: subprocess.CompletedProcess) -> dict:
@@ -29,7 +52,7 @@ def trained(tmp_path_factory):
     corpus = sorted(map(str, folder.glob("*.txt")))
     command = ("train", "--out", folder / "run", "--corpus", *corpus, "--model.V", 128,
                "--model.D", 16, "--model.T", 32, "--batch", 128, "--steps", 40, "--seed", 0)
-    return folder, command, last(tinylm(*command, "--json"))
+    return folder, command, last(process(*command, "--json"))
 
 
 def test_train_repeated_shows_the_same_record(trained):
@@ -60,7 +83,7 @@ def test_a_tuned_run_names_its_parent_and_answers_the_same_again(trained, tuned)
 
 def test_a_message_that_does_not_fit_is_refused_and_the_talk_goes_on(trained):
     folder, _, _ = trained
-    talk = tinylm("chat", folder / "run", input="long " * 99 + "\nhello\n\n")
+    talk = tinylm("chat", folder / "run", said="long " * 99 + "\nhello\n\n")
     assert talk.returncode == 0 and len(talk.stdout.strip()) > 4
     assert "error: " in talk.stderr and "fit the context T=32" in talk.stderr
 
@@ -104,6 +127,30 @@ def test_bad_input_is_one_line_and_exit_code_2_and_writes_nothing(tmp_path, flag
     assert done.returncode == 2 and words in done.stderr
     assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: ")
     assert not (tmp_path / "run/config.json").exists()
+
+
+def test_a_mistake_and_help_answer_before_jax_is_imported():
+    began = time.monotonic()
+    helped, wrong = process("--help"), process("trian", "--out", "here")
+    assert wrong.returncode == 2 and wrong.stderr.startswith("error: ") and "sft" in wrong.stderr
+    assert helped.returncode == 0 and time.monotonic() - began < 20
+    for name, place in verbs.VERBS.items():
+        tree = ast.parse((ROOT / f"tinylm/verbs/{place.split('.')[0]}.py").read_text())
+        found = {n.name: ast.get_docstring(n) for n in tree.body if isinstance(n, ast.FunctionDef)}
+        assert found[place.split(".")[1]].split()[:3] == helped.stdout.split(f"• {name} ")[1].split(
+            )[:3]
+    code = ("import sys; from tinylm.verbs import load; "
+            "print([load(name) and 'jax' in sys.modules for name in sys.argv[1:]])")
+    done = subprocess.run([sys.executable, "-c", code, "fit", "check", "verify", "bench", "train"],
+                          capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "[False, False, False, False, True]\n", done.stderr
+
+
+def test_a_mistake_is_named_whatever_the_terminal_can_draw():
+    for encoding in ("ascii", "utf-8"):
+        done = process("--widths", PYTHONIOENCODING=encoding)
+        assert done.returncode == 2 and "--widths" in done.stderr, encoding
+        assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: ")
 
 
 def test_another_config_in_the_folder_of_a_run_is_refused_with_the_difference(trained):

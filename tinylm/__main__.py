@@ -1,4 +1,7 @@
-"""The command line: `tinylm <verb>`; the only reader of argv in tinylm/."""
+"""Train small language models, fit their scaling laws, forecast, tune, talk; VERB --help says how.
+
+This module is the only reader of argv in tinylm/.
+"""
 
 import contextlib
 import errno
@@ -13,6 +16,7 @@ from typing import Any
 
 from tinylm import machine
 from tinylm.config import BadInput
+from tinylm.verbs import VERBS, load
 
 MISNAMED = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 
@@ -56,10 +60,11 @@ def arguments(parse: Callable[[], Any]) -> Any:
         with contextlib.redirect_stderr(said):
             return parse()
     except SystemExit:
-        lines = [line.strip("│ ") for line in said.getvalue().splitlines() if line[:1] == "│"]
+        lines = [line.strip("│ ") for line in said.getvalue().splitlines()[1:]]  # without its title
         if not lines:
             raise
-        raise BadInput(re.sub(r"\s*─+\s*", "; ", " ".join(lines))) from None
+        words = " ".join(line if re.search(r"\w", line) else ";" for line in lines)
+        raise BadInput(re.sub(r"\s*;", ";", words).strip("; ")) from None
 
 
 def main() -> int:
@@ -69,11 +74,10 @@ def main() -> int:
     def start() -> int:
         import tyro
 
-        from tinylm.verbs import VERBS
-
-        verbs = {name: _bound(verb) for name, verb in VERBS.items()}
+        chosen = next((word for word in sys.argv[1:] if word in VERBS), None)
+        verbs = {name: _bound(verb) for name, verb in load(chosen).items()}
         arguments(lambda: tyro.extras.subcommand_cli_from_dict(
-            verbs, prog="tinylm", description=__doc__))()
+            verbs, prog="tinylm", description=__doc__.splitlines()[0]))()
         return 0
 
     return guarded(start)

@@ -8,6 +8,7 @@ functions, because `pin` has to run before it.
 import dataclasses
 import functools
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import subprocess
@@ -68,10 +69,13 @@ def cores() -> list[int]:
 
 @functools.cache
 def survey() -> tuple[str, int]:
-    """Ask a fresh process for JAX's backend and its number of devices (a CPU's are its cores).
+    """Give JAX's backend and its number of devices (a CPU's are its cores).
 
-    A process of its own, because asking here would start JAX and take a GPU's memory.
+    Where a plugin for an accelerator is installed, a process of its own asks JAX, because asking
+    here would start JAX and take a GPU's memory.
     """
+    if os.environ.get("JAX_PLATFORMS", "") in ("", "cpu") and not _plugins():
+        return "cpu", len(cores())
     code = "import jax; print(jax.default_backend(), jax.device_count())"
     env = {**os.environ, "JAX_NUM_CPU_DEVICES": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
@@ -79,6 +83,13 @@ def survey() -> tuple[str, int]:
         raise BadInput(f"JAX does not start here: {done.stderr.strip().splitlines()[-1]}")
     backend, count = done.stdout.split()[-2:]
     return backend, len(cores()) if backend == "cpu" else int(count)
+
+
+def _plugins() -> bool:
+    """Tell whether JAX could find anything but the CPU (as its own discovery looks for it)."""
+    return ("TPU_LIBRARY_PATH" in os.environ or bool(
+        importlib.metadata.entry_points(group="jax_plugins")) or any(
+            importlib.util.find_spec(name) for name in ("jax_plugins", "libtpu")))
 
 
 def plan_for(rows: int, T: int, D: int, backend: str, count: int, devices: int = 0) -> Plan:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy.optimize import nnls
 
 from tinylm.config import BadInput, require
 from tinylm.laws.descent import Problem, descend, descend_absolute, residuals, slopes
@@ -195,6 +194,8 @@ def _thinned(problem):
 
 def _starts(problem):
     """Solve the linear part at each node of exponents, add the shapes, keep the best STARTS."""
+    from scipy.optimize import nnls  # a second to import, which what trains need not wait for
+
     law, names = problem.law, problem.law.names()
     exponents = list(dict.fromkeys(exponent for _, _, exponent in law.terms))
     low, high = problem.bounds

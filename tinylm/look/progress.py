@@ -4,7 +4,7 @@ import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.live import Live
@@ -13,11 +13,12 @@ from rich.table import Table
 
 from tinylm.laws.forecast import Forecast, Score
 from tinylm.laws.plan import Cell, Proposal
-from tinylm.stages.pretrain import PretrainConfig, counts
-from tinylm.sweep import runner
 from tinylm.text.corpora import Corpus
 from tinylm.text.shards import Dataset
-from tinylm.train.batch import windows
+
+if TYPE_CHECKING:  # these import JAX, and most of what is said here needs none
+    from tinylm.stages.pretrain import PretrainConfig
+    from tinylm.sweep.runner import Progress as SweepProgress
 
 console = Console(stderr=True)
 if not console.is_terminal:
@@ -54,12 +55,12 @@ def bar(title: str, steps: int = 0) -> Iterator[Callable[..., None]]:
 
 
 @contextlib.contextmanager
-def live(title: str) -> Iterator[Callable[[runner.Progress], None]]:
+def live(title: str) -> Iterator[Callable[["SweepProgress"], None]]:
     """Show a sweep's live table; without a terminal, a line now and then."""
     with Live(console=console, refresh_per_second=2, transient=True) as shown:
         said = 0.0
 
-        def watch(p: runner.Progress) -> None:
+        def watch(p: "SweepProgress") -> None:
             nonlocal said
             if console.is_terminal:
                 shown.update(_sweep_table(title, p))
@@ -71,14 +72,14 @@ def live(title: str) -> Iterator[Callable[[runner.Progress], None]]:
     # the finished table stays
 
 
-def _sweep_line(title: str, p: runner.Progress) -> str:
+def _sweep_line(title: str, p: "SweepProgress") -> str:
     ended = sum(s not in ("waiting", "running") for s in p.status.values())
     left = p.seconds_left
     eta = "" if left is None else f", about {left / 60:.1f} min left"
     return f"{title}: {ended} of {len(p.status)} runs, {p.flops / p.total:.0%} of the FLOPs{eta}"
 
 
-def _sweep_table(title: str, p: runner.Progress) -> Table:
+def _sweep_table(title: str, p: "SweepProgress") -> Table:
     table = Table(title=_sweep_line(title, p))
     for column in ("run", "done", "loss", "status"):
         table.add_column(column, justify="right" if column in ("done", "loss") else "left")
@@ -90,8 +91,11 @@ def _sweep_table(title: str, p: runner.Progress) -> Table:
     return table
 
 
-def listing(configs: list[PretrainConfig], data: Dataset, rate: float) -> Table:
+def listing(configs: list["PretrainConfig"], data: Dataset, rate: float) -> Table:
     """List runs before they are trained; `rate` in FLOP/s gives their expected time."""
+    from tinylm.stages.pretrain import counts
+    from tinylm.train.batch import windows
+
     total = sum(c.flops for c in configs)
     compiling = COMPILE_SECONDS * len({c.model for c in configs})
     table = Table(title=f"{len(configs)} runs, {total:.2e} FLOPs, about "

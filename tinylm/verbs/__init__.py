@@ -1,10 +1,39 @@
 """The verbs of the command line: each a thin call of library functions with the same defaults."""
 
-from tinylm.verbs.care import bench, report, verify
-from tinylm.verbs.laws import check, fit, forecast, plan
-from tinylm.verbs.runs import evaluate, sft, sweep, tokenizer, train
-from tinylm.verbs.talk import chat, sample
+import ast
+import importlib
+from collections.abc import Callable
+from pathlib import Path
 
-VERBS = {"tokenizer": tokenizer, "train": train, "sweep": sweep, "fit": fit, "forecast": forecast,
-         "plan": plan, "check": check, "sft": sft, "eval": evaluate, "sample": sample, "chat": chat,
-         "bench": bench, "report": report, "verify": verify}
+VERBS = {
+    "tokenizer": "runs.tokenizer", "train": "runs.train", "sweep": "runs.sweep", "fit": "laws.fit",
+    "forecast": "plans.forecast", "plan": "plans.plan", "check": "laws.check", "sft": "runs.sft",
+    "eval": "runs.evaluate", "sample": "talk.sample", "chat": "talk.chat", "bench": "care.bench",
+    "report": "care.report", "verify": "care.verify",
+}
+
+
+def load(chosen: str | None) -> dict[str, Callable[..., None]]:
+    """Import the chosen verb; a stand-in with its summary serves for every other in `--help`.
+
+    JAX and its libraries take seconds to import, and not every verb needs them.
+    """
+    found = {}
+    for name, place in VERBS.items():
+        module, function = place.split(".")
+        if name == chosen:
+            found[name] = getattr(importlib.import_module(f"tinylm.verbs.{module}"), function)
+        else:
+            found[name] = _stand_in(Path(__file__).parent / f"{module}.py", function)
+    return found
+
+
+def _stand_in(source: Path, function: str) -> Callable[[], None]:
+    tree = ast.parse(source.read_text())
+    node = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == function)
+
+    def verb() -> None:
+        raise AssertionError(f"{function} was not imported")
+
+    verb.__doc__ = ast.get_docstring(node).splitlines()[0]
+    return verb

@@ -2,16 +2,18 @@
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tinylm import files, machine
 from tinylm.config import BadInput, from_json
 from tinylm.look import progress
-from tinylm.model.decoder import ModelConfig
 from tinylm.text import corpora, prepare
 from tinylm.text.shards import Dataset, open_dataset
 from tinylm.text.tokenizer import Tokenizer
 from tinylm.train import run
+
+if TYPE_CHECKING:
+    from tinylm.model.decoder import ModelConfig
 
 
 def prepared(folder: Path, corpus: tuple[str, ...], field: str, V: int,
@@ -26,7 +28,7 @@ def prepared(folder: Path, corpus: tuple[str, ...], field: str, V: int,
         return prepare.prepare(folder, loaded, V, event)
 
 
-def plan_of(out: Path, rows: int, model: ModelConfig, devices: int = 0) -> machine.Plan:
+def plan_of(out: Path, rows: int, model: "ModelConfig", devices: int = 0) -> machine.Plan:
     if (bound := run.planned(out)) is not None:
         return bound
     return machine.plan_for(rows, model.T, model.D, *machine.survey(), devices)
@@ -47,8 +49,10 @@ def finished(folder: Path) -> dict[str, Any]:
     return record
 
 
-def opened(folder: Path, text: Path | None) -> tuple[ModelConfig, Dataset, Tokenizer]:
+def opened(folder: Path, text: Path | None) -> tuple["ModelConfig", Dataset, Tokenizer]:
     """Open a finished run's model config, token files and tokenizer."""
+    from tinylm.model.decoder import ModelConfig
+
     record = finished(folder)
     link = files.read_json(folder / "environment.json").get("text", "")
     place = text or Path(os.path.normpath(folder.absolute() / link))
