@@ -1,16 +1,13 @@
 """The rate and vocabulary experiments run whole at toy size and write the table they promise."""
 
 import csv
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from command import experiment
 from test_stages_pretrain import story
 
 from tinylm import files
 
-ROOT = Path(__file__).parent.parent
 TOYS = {
     "rate_rule": ("--rates", "0.002", "0.004", "--cells", "8", "2e8", "--V", "128", "--csv"),
     "vocab_size": ("--cells", "100", "8", "128", "8", "--flops", "2e8", "--csv"),
@@ -26,9 +23,7 @@ def test_the_experiment_runs_at_toy_size_and_writes_its_table(tmp_path, name):
     text = tmp_path / "stories.txt"
     text.write_text("\n".join(story(n, 80) for n in range(40)))
     place = tmp_path if "--results" in TOYS[name] else tmp_path / f"{name}.csv"
-    command = [sys.executable, str(ROOT / f"experiments/{name}.py"), "--out",
-               str(tmp_path / "runs"), "--corpus", str(text), *TOYS[name], str(place)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=200)
+    done = experiment(name, "--out", tmp_path / "runs", "--corpus", text, *TOYS[name], place)
     assert done.returncode == 0, done.stderr
     rows = list(csv.DictReader((tmp_path / f"{name}.csv").read_text().splitlines()))
     assert len({row["id"] for row in rows}) == len(rows) == ROWS[name]

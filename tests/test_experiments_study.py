@@ -2,14 +2,12 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from command import ROOT, experiment
 from test_stages_pretrain import story
 
 from tinylm import files
-
-ROOT = Path(__file__).parent.parent
 
 
 def study(*args: str) -> subprocess.CompletedProcess:
@@ -43,7 +41,7 @@ def test_the_smoke_study_goes_from_a_text_file_to_a_report(finished):
 def test_the_same_command_again_changes_nothing(finished):
     folder, text, _ = finished
     before = {p: p.read_bytes() for p in (folder / "smoke").rglob("record.json")}
-    done = study("--preset", "smoke", "--corpus", str(text), "--out", str(folder / "smoke"))
+    done = experiment("study", "--preset", "smoke", "--corpus", text, "--out", folder / "smoke")
     assert done.returncode == 0, done.stderr[-3000:]
     assert {p: p.read_bytes() for p in (folder / "smoke").rglob("record.json")} == before
     assert len((folder / "forecasts.csv").read_text().splitlines()) == 2

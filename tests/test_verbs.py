@@ -1,42 +1,23 @@
 """The command line as a user meets it: results, one-line refusals, exit codes."""
 
 import ast
-import contextlib
-import io
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
-from unittest import mock
 
 import pytest
+from command import ROOT, tinylm
 from test_stages_pretrain import story
 
-from tinylm import __main__, machine, verbs
-
-ROOT = Path(__file__).parent.parent
+from tinylm import verbs
 
 
 def process(*args: object, **env: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "tinylm", *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=200,
                           env={**os.environ, **env})
-
-
-def tinylm(*args: object, said: str = "") -> subprocess.CompletedProcess:
-    """The same command in this process, which has imported JAX already."""
-    argv, out, err = ["tinylm", *map(str, args)], io.StringIO(), io.StringIO()
-    with (mock.patch.object(sys, "argv", argv), mock.patch.object(sys, "stdin", io.StringIO(said)),
-          mock.patch.object(machine, "pin"), mock.patch.object(signal, "signal"),
-          contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)):
-        try:
-            code = __main__.main()
-        except SystemExit as end:
-            code = end.code or 0
-    return subprocess.CompletedProcess(argv, code, out.getvalue(), err.getvalue())
 
 
 def last(done: subprocess.CompletedProcess) -> dict:
