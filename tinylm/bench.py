@@ -76,12 +76,12 @@ def train(shapes: tuple[str, ...], models: int = 1, rounds: int = 5,
 
     `models` 1: one model over all devices; more: as many pinned processes with a model each.
     """
-    rates = {}
-    with _Crew(models) as crew:
-        tasks = {name: functools.partial(crew.train, name, seconds) for name in shapes}
-        found = interleaved(tasks, rounds)
+    rates, asked = {}, {name: shape(name) for name in shapes}
+    with Crew(servers(models)) as crew:
+        found = interleaved({name: functools.partial(crew.ask, to_json(config), rows, seconds, "")
+                             for name, (config, rows) in asked.items()}, rounds)
     for name, rate in found.items():
-        config, rows = _shape(name)
+        config, rows = asked[name]
         rates[name] = {**rate._asdict(), "rows": rows, "model": to_json(config),
                        "gflops": rate.median * flops_per_token(config.shape) / 1e9}
     return {"what": "train", "models": models, **_facts(), "tokens_per_second": rates}
@@ -90,31 +90,21 @@ def train(shapes: tuple[str, ...], models: int = 1, rounds: int = 5,
 def generation(shapes: tuple[str, ...], batches: tuple[int, ...] = (1, 64),
                rounds: int = 5) -> dict[str, Any]:
     """Measure decoding T - 1 tokens from one, tokens a second of one device."""
-    tasks = {f"{name} batch {B}": _decoder(name, B) for name in shapes for B in batches}
+    tasks = {f"{name} batch {B}": decoder(shape(name)[0], B) for name in shapes for B in batches}
     found = interleaved(tasks, rounds)
     return {"what": "decode", **_facts(),
             "tokens_per_second": {k: r._asdict() for k, r in found.items()}}
 
 
-class _Crew:
-    """Processes that train shapes on request: this one alone, or several pinned ones."""
+class Crew:
+    """Processes that work on request: each reads one JSON line and answers with one number."""
 
-    def __init__(self, models: int):
-        available = machine.cores()
-        if not 1 <= models <= len(available):
-            raise BadInput(f"models={models} is not within 1 to the {len(available)} cores")
-        if models > 1 and machine.survey()[0] != "cpu":
-            raise BadInput(f"models={models}: processes do not share an accelerator; take 1")
-        self.models, self.cores, self.held = models, available, {}
-        self.processes: list[subprocess.Popen] = []
+    def __init__(self, commands: list[list[str]]):
+        self.commands, self.processes = commands, []
 
-    def __enter__(self) -> "_Crew":
-        if self.models > 1:
-            start = ("from tinylm import machine; machine.pin(1, ({},)); "
-                     "from tinylm import bench; bench.serve()")
-            self.processes = [subprocess.Popen(
-                [sys.executable, "-c", start.format(core)], stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE, text=True) for core in self.cores[:self.models]]
+    def __enter__(self) -> "Crew":
+        self.processes = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                           text=True) for command in self.commands]
         return self
 
     def __exit__(self, *fault: Any) -> None:
@@ -124,17 +114,11 @@ class _Crew:
             process.wait()
             process.stdout.close()
 
-    def train(self, name: str, seconds: float) -> float:
-        if not self.processes:
-            if name not in self.held:
-                config, rows = _shape(name)
-                self.held[name] = Trainer(config, machine.plan_for(
-                    rows, config.T, config.D, jax.default_backend(), jax.device_count()), rows)
-            return self.held[name].rate(seconds)
-        config, rows = _shape(name)
+    def ask(self, *request: Any) -> float:
+        """Give all the same request at once; add their answers up."""
         for process in self.processes:
             with contextlib.suppress(BrokenPipeError):  # its answer will be missing
-                process.stdin.write(canonical([to_json(config), rows, seconds]) + "\n")
+                process.stdin.write(canonical(request) + "\n")
                 process.stdin.flush()
         return sum(self._answer(process) for process in self.processes)
 
@@ -145,17 +129,28 @@ class _Crew:
         raise ChildProcessError(f"a benchmark process ended with exit code {process.wait()}")
 
 
-class Trainer:
-    """A compiled step on random tokens, ready to be timed."""
+def servers(models: int) -> list[list[str]]:
+    """Give the commands that serve `models` models on this machine (see `serve`)."""
+    available = machine.cores()
+    if not 1 <= models <= len(available):
+        raise BadInput(f"models={models} is not within 1 to the {len(available)} cores")
+    if models > 1 and machine.survey()[0] != "cpu":
+        raise BadInput(f"models={models}: processes do not share an accelerator; take 1")
+    pins = [(1, (core,)) for core in available[:models]] if models > 1 else [(len(available), ())]
+    return [[sys.executable, "-c", f"from tinylm import machine; machine.pin{pin}; "
+                                   "from tinylm import bench; bench.serve()"] for pin in pins]
 
-    def __init__(self, config: ModelConfig, plan: machine.Plan, rows: int):
-        settings, self.tokens = optim.OptimConfig(), rows * config.T
+
+class Trainer:
+    """A compiled step on batches [n, rows, T + 1] of tokens, ready to be timed."""
+
+    def __init__(self, config: ModelConfig, plan: machine.Plan, batches: np.ndarray):
+        settings, self.tokens = optim.OptimConfig(), batches.shape[1] * config.T
         tx, mesh = optim.optimiser(settings, config), machine.mesh(plan.devices)
         self.chunk = step.make_chunk(step.make_step(
             losses.next_token(config, settings.z_loss, plan.unroll), tx, mesh, plan.micro))
-        drawn = np.random.default_rng(0).integers(0, config.V, (4, rows, config.T + 1))
         self.batches = step.place(mesh, batch.Batch(
-            drawn.astype(np.int32), np.ones((4, rows, config.T), np.float32)))
+            batches.astype(np.int32), np.ones_like(batches[..., 1:], np.float32)))
         self.state = step.replicate(mesh, step.start(init(config, jax.random.key(0)), tx,
                                                      optim.hyper(settings, 10**6)))
 
@@ -163,22 +158,28 @@ class Trainer:
         """Train for about that long; give tokens a second."""
         began, steps = time.perf_counter(), 0
         while (spent := time.perf_counter() - began) < seconds or not steps:
-            self.state, _ = self.chunk(self.state, self.batches, 4)
+            self.state, _ = self.chunk(self.state, self.batches, len(self.batches.tokens))
             jax.block_until_ready(self.state)
-            steps += 4
+            steps += len(self.batches.tokens)
         return steps * self.tokens / spent
 
 
 def serve() -> None:
-    """Train the shapes given on stdin, one JSON line each, and print tokens a second."""
+    """Train what each line of stdin asks for, [model, rows, seconds, tokens]; print its rate.
+
+    `tokens` names an .npy of batches [n, rows, T + 1]; empty, they are random.
+    """
     held: dict[str, Trainer] = {}
     for line in sys.stdin:
-        shape, rows, seconds = json.loads(line)
-        key = canonical(shape)
+        model, rows, seconds, tokens = json.loads(line)
+        key = canonical([model, rows, tokens])
         if key not in held:
-            config = from_json(ModelConfig, shape)
-            plan = machine.plan_for(rows, config.T, config.D, "cpu", 1)
-            held[key] = Trainer(config, plan, rows)
+            config = from_json(ModelConfig, model)
+            plan = machine.plan_for(rows, config.T, config.D, jax.default_backend(),
+                                    jax.device_count())
+            drawn = np.load(tokens) if tokens else np.random.default_rng(0).integers(
+                0, config.V, (4, rows, config.T + 1))
+            held[key] = Trainer(config, plan, drawn)
         print(held[key].rate(seconds), flush=True)
 
 
@@ -195,8 +196,8 @@ def _gflops(program: Callable, arguments: tuple, cost: float, seconds: float = 0
     return times * cost / spent / 1e9
 
 
-def _decoder(name: str, B: int) -> Callable[[], float]:
-    config, _ = _shape(name)
+def decoder(config: ModelConfig, B: int) -> Callable[[], float]:
+    """Give a task: decode T - 1 tokens from one, B sequences at once; tokens a second."""
     params = init(config, jax.random.key(0))
     ready = prefill(config, params, [np.array([config.V - 1])] * B)._replace(slot=jnp.int32(1))
 
@@ -210,7 +211,8 @@ def _decoder(name: str, B: int) -> Callable[[], float]:
     return once
 
 
-def _shape(name: str) -> tuple[ModelConfig, int]:
+def shape(name: str) -> tuple[ModelConfig, int]:
+    """Give a named shape's model and its sequences a step."""
     if name not in SHAPES:
         raise BadInput(f"shape {name!r} is not one of {', '.join(SHAPES)}; choose one")
     return SHAPES[name]
