@@ -1,14 +1,20 @@
-"""Four simulated devices for every test, pinned before JAX starts; shapes checked at call."""
+"""Four simulated devices for every test, pinned before JAX starts; shapes checked at call.
+
+Tests compile many programs and run each for a moment, so XLA is told not to optimise them; the
+smoke study (test_experiments_study.py) runs as a user's does.
+"""
 
 import os
 from pathlib import Path
 
 import pytest
 
-from tinylm import machine
-
 CACHE = Path(__file__).parent.parent / ".pytest_cache" / "tinylm"
 os.environ.setdefault("TINYLM_CACHE", str(CACHE))
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
+from tinylm import machine  # noqa: E402
+
 machine.pin(devices=4)
 
 from jaxtyping import install_import_hook  # noqa: E402

@@ -1,5 +1,6 @@
 """The smoke study: a text file in, a report out, through every stage; and again, at once."""
 
+import os
 import subprocess
 import sys
 
@@ -12,7 +13,8 @@ from tinylm import files
 
 def study(*args: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "experiments/study.py"), *args]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=400)
+    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=400, env=env)
 
 
 @pytest.fixture(scope="session")
