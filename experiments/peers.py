@@ -1,7 +1,8 @@
 """How fast do we train and decode, beside nanoGPT and tuned torch, on this machine?
 
 question   Tokens a second of the whole machine, same shapes, batches and text, in turn; loss after
-           equal tokens; decoding from one token to the end of the context.
+           equal tokens; decoding from one token to the end of the context. Ours trains in bf16
+           (and in f32, to see what that gives and costs) and decodes in f32.
 command    python experiments/peers.py --nanogpt CHECKOUT --out studies/peers
            (--python names one that has torch, where this one has not)
 cost       about 5 minutes a shape on two cores, most of it torch compiling
@@ -10,6 +11,7 @@ expected   to compiled bf16 at least 2.0, 1.4, 1.15, .95 times at s, m, l, xl; t
 result     experiments/results/peers.json
 """
 
+import dataclasses
 import functools
 import io
 import sys
@@ -40,6 +42,7 @@ from tinylm.train.optim import OptimConfig  # noqa: E402
 PEER = Path(__file__).with_name("peer_nanogpt.py")
 RATES = (1e-3, 2e-3, 4e-3)
 """peak rates of which nanoGPT's best loss is taken"""
+OURS = {"ours": "bf16", "ours f32": "f32"}
 PLAIN = {"bf16": False, "compile": False, "micro": 0, "fused": False}
 WAYS = {"nanoGPT eager f32": PLAIN, "nanoGPT eager bf16": {**PLAIN, "bf16": True},
         "nanoGPT compiled f32": {**PLAIN, "compile": True},
@@ -139,12 +142,13 @@ def peers(args: Args, models: int) -> list[list[str]]:
 
 
 def training(args, model, shape, rows, paths) -> dict[str, Any]:
-    """Give tokens a second, with one model on the machine and with one a core; then our ratios."""
+    """Give tokens a second, with one model on the machine and one a core; ours (bf16) over each."""
     few, found = paths[0], {}
     for models in (1, len(machine.cores())):
         ways = {**WAYS, **TUNED} if models > 1 else WAYS
         with bench.Crew(bench.servers(models)) as ours, bench.Crew(peers(args, models)) as theirs:
-            tasks = {"ours": functools.partial(ours.ask, to_json(model), rows, args.seconds, few)}
+            tasks = {way: functools.partial(ours.ask, to_json(in_type(model, compute)), rows,
+                                            args.seconds, few) for way, compute in OURS.items()}
             tasks |= {way: functools.partial(theirs.ask, "rate", shape, rows, few, how,
                                              args.seconds) for way, how in ways.items()}
             rates = bench.interleaved(tasks, args.rounds)
@@ -171,16 +175,22 @@ def decoding(args, model, shape) -> dict[str, Any]:
 
 def losses(args, name, data, model, shape, rows, paths) -> dict[str, Any]:
     """Give held-out nats a token after the same batches, each side with its own schedule."""
-    tokens = args.steps * rows * model.T
-    config = PretrainConfig(model, OptimConfig(lr=LAPTOP.rule(tokens)), args.steps,
-                            rows * model.T, 0, data.id)
+    tokens, ours = args.steps * rows * model.T, {}
     plan = machine.plan_for(rows, model.T, model.D, *machine.survey())
-    record = pretrain(args.out / name / f"run-{args.steps}", config, data, plan)
+    for way, compute in OURS.items():
+        config = PretrainConfig(in_type(model, compute), OptimConfig(lr=LAPTOP.rule(tokens)),
+                                args.steps, rows * model.T, 0, data.id)
+        record = pretrain(args.out / name / f"run-{args.steps}-{compute}", config, data, plan)
+        ours[way] = record["loss"]["nats_per_token"]
     with bench.Crew(peers(args, 1)) as theirs:
         tried = {f"{rate:g}": theirs.ask("loss", shape, rows, *paths[1:],
                                          WAYS["nanoGPT compiled f32"], rate) for rate in RATES}
-    return {"tokens": tokens, "ours": record["loss"]["nats_per_token"],
-            "nanoGPT": min(tried.values()), "nanoGPT_by_rate": tried}
+    return {"tokens": tokens, **ours, "nanoGPT": min(tried.values()), "nanoGPT_by_rate": tried}
+
+
+def in_type(model: ModelConfig, compute: str) -> ModelConfig:
+    """Give the model with its products in that type."""
+    return dataclasses.replace(model, compute=compute)
 
 
 def told(name: str, found: dict[str, Any]) -> str:
@@ -197,7 +207,7 @@ def told(name: str, found: dict[str, Any]) -> str:
     if "loss" in found:
         loss = found["loss"]
         lines.append(f"  held-out loss after {loss['tokens']:,} tokens: {loss['ours']:.4f} nats, "
-                     f"nanoGPT {loss['nanoGPT']:.4f}")
+                     f"in f32 {loss['ours f32']:.4f}, nanoGPT {loss['nanoGPT']:.4f}")
     return "\n".join(lines)
 
 

@@ -18,7 +18,9 @@ import json, os, sys
 for line in sys.stdin:
     open(os.environ["ASKED"], "a").write(line)
     what, *_, rate = json.loads(line)
-    print(2.0 + rate if what == "loss" else float(sys.argv[1]), flush=True)
+    slow = isinstance(what, dict) and what["compute"] == "f32"
+    answer = float(sys.argv[1]) / (2 if slow else 1)
+    print(2.0 + rate if what == "loss" else answer, flush=True)
 """
 
 
@@ -47,8 +49,8 @@ def test_ratios_are_ours_over_theirs_on_the_same_batches(tmp_path, monkeypatch):
     assert peers.main(args) == 0
     found = files.read_json(tmp_path / "peers.json")["shapes"]["tiny"]
     one, two = found["training"]["models_1"], found["training"]["models_2"]
-    assert one["ratio"] == dict.fromkeys(peers.WAYS, 3.0)
-    assert two["ratio"] == dict.fromkeys({**peers.WAYS, **peers.TUNED}, 3.0)
+    assert one["ratio"] == {"ours f32": 2.0, **dict.fromkeys(peers.WAYS, 3.0)}
+    assert two["ratio"] == {"ours f32": 2.0, **dict.fromkeys({**peers.WAYS, **peers.TUNED}, 3.0)}
     assert two["tokens_per_second"]["torch tuned, 4 at once"]["median"] == 2000
     assert [found["decoding"][f"batch_{rows}"]["ratio"] for rows in (1, 64)] == [0.5, 32.0]
     assert found["loss"]["nanoGPT"] == 2.0 + min(peers.RATES)
@@ -60,7 +62,9 @@ def test_ratios_are_ours_over_theirs_on_the_same_batches(tmp_path, monkeypatch):
     every = np.load(next(a[3] for a in asked if a[0] == "loss"))
     few = np.load(next(a[3] for a in asked if a[0] == "rate"))
     assert every.shape == (10, 4, 17) and (few == every[:8]).all()
-    config = files.read_json(tmp_path / "out/tiny/run-10/config.json")["config"]
+    half, config = (files.read_json(tmp_path / f"out/tiny/run-10-{compute}/config.json")["config"]
+                    for compute in ("bf16", "f32"))
+    assert half["model"] == {**config["model"], "compute": "bf16"}
     assert config["model"] == found["model"] and (config["batch"], config["steps"]) == (64, 10)
 
 

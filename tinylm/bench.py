@@ -4,6 +4,7 @@ Utilisation refers to what `machine` measures: the best rate of a plain matrix p
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import statistics
@@ -70,13 +71,13 @@ def peak(rounds: int = 5) -> dict[str, Any]:
             "rates": {k: r._asdict() for k, r in found.items()}}
 
 
-def train(shapes: tuple[str, ...], models: int = 1, rounds: int = 5,
-          seconds: float = 2.0) -> dict[str, Any]:
+def train(shapes: tuple[str, ...], models: int = 1, rounds: int = 5, seconds: float = 2.0,
+          compute: str = "f32") -> dict[str, Any]:
     """Measure training, tokens a second of the whole machine.
 
     `models` 1: one model over all devices; more: as many pinned processes with a model each.
     """
-    rates, asked = {}, {name: shape(name) for name in shapes}
+    rates, asked = {}, {name: shape(name, compute) for name in shapes}
     with Crew(servers(models)) as crew:
         found = interleaved({name: functools.partial(crew.ask, to_json(config), rows, seconds, "")
                              for name, (config, rows) in asked.items()}, rounds)
@@ -87,10 +88,11 @@ def train(shapes: tuple[str, ...], models: int = 1, rounds: int = 5,
     return {"what": "train", "models": models, **_facts(), "tokens_per_second": rates}
 
 
-def generation(shapes: tuple[str, ...], batches: tuple[int, ...] = (1, 64),
-               rounds: int = 5) -> dict[str, Any]:
+def generation(shapes: tuple[str, ...], batches: tuple[int, ...] = (1, 64), rounds: int = 5,
+               compute: str = "f32") -> dict[str, Any]:
     """Measure decoding T - 1 tokens from one, tokens a second of one device."""
-    tasks = {f"{name} batch {B}": decoder(shape(name)[0], B) for name in shapes for B in batches}
+    tasks = {f"{name} batch {B}": decoder(shape(name, compute)[0], B)
+             for name in shapes for B in batches}
     found = interleaved(tasks, rounds)
     return {"what": "decode", **_facts(),
             "tokens_per_second": {k: r._asdict() for k, r in found.items()}}
@@ -211,11 +213,12 @@ def decoder(config: ModelConfig, B: int) -> Callable[[], float]:
     return once
 
 
-def shape(name: str) -> tuple[ModelConfig, int]:
-    """Give a named shape's model and its sequences a step."""
+def shape(name: str, compute: str = "f32") -> tuple[ModelConfig, int]:
+    """Give a named shape's model, computing in that type, and its sequences a step."""
     if name not in SHAPES:
         raise BadInput(f"shape {name!r} is not one of {', '.join(SHAPES)}; choose one")
-    return SHAPES[name]
+    config, rows = SHAPES[name]
+    return dataclasses.replace(config, compute=compute), rows
 
 
 def _facts() -> dict[str, Any]:

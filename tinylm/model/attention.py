@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 from tinylm.model.embedding import RMSNorm, Rotation, param, rotate
+from tinylm.model.product import product
 
 LONG, BLOCKS = 256, 4
 """LONG queries and more are cut into BLOCKS (at 128 that won nothing over a whole step)"""
@@ -27,7 +28,9 @@ class KeyValue(NamedTuple):
 class Attention(nnx.Module):
     """Project, normalise, rotate, attend, project back. `stack` adds leading layer axes."""
 
-    def __init__(self, D: int, H: int, G: int, K: int, stack: tuple[int, ...], rngs: nnx.Rngs):
+    def __init__(self, D: int, H: int, G: int, K: int, stack: tuple[int, ...], dtype: jnp.dtype,
+                 rngs: nnx.Rngs):
+        self.dtype = dtype
         self.q_proj = param(rngs, (*stack, D, H, K), D**-0.5)
         self.k_proj = param(rngs, (*stack, D, G, K), D**-0.5)
         self.v_proj = param(rngs, (*stack, D, G, K), D**-0.5)
@@ -46,17 +49,17 @@ class Attention(nnx.Module):
         """Attend from x to itself, or to the cache with x's keys written at `start`."""
         q, k, v = self.project(x, turn)
         if cache is not None:
-            k = jax.lax.dynamic_update_slice_in_dim(cache.k, k.astype(cache.k.dtype), start, 2)
-            v = jax.lax.dynamic_update_slice_in_dim(cache.v, v.astype(cache.v.dtype), start, 2)
+            k = jax.lax.dynamic_update_slice_in_dim(cache.k, k, start, 2)
+            v = jax.lax.dynamic_update_slice_in_dim(cache.v, v, start, 2)
         mixed = attend(q, k, v, visible)
-        out = jnp.einsum("bthk,hkd->btd", mixed, self.o_proj[...].astype(x.dtype))
+        out = product("bthk,hkd->btd", mixed, self.o_proj[...], self.dtype)
         return out, KeyValue(k, v)
 
     def project(
         self, x: Float[Array, "B T D"], turn: Rotation
     ) -> tuple[Float[Array, "B T H K"], Float[Array, "B G T K"], Float[Array, "B G T K"]]:
         """Give x's queries and keys, normalised and rotated, and its values."""
-        q, k, v_BTGK = (jnp.einsum("btd,dnk->btnk", x, w[...].astype(x.dtype))
+        q, k, v_BTGK = (product("btd,dnk->btnk", x, w[...], self.dtype)
                         for w in (self.q_proj, self.k_proj, self.v_proj))
         k_BTGK = rotate(self.k_norm(k), turn)
         return (rotate(self.q_norm(q), turn), k_BTGK.transpose(0, 2, 1, 3),
@@ -98,9 +101,7 @@ def _mix(q, k, v, visible):
     B, T, H, K = q.shape
     scores = _scores(q, k, visible)
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
-    mixed = jnp.einsum("bgjts,bgsk->bgjtk", weights.astype(v.dtype), v,
-                       preferred_element_type=jnp.float32)
-    mixed_BGJTK = (mixed / weights.sum(axis=-1, keepdims=True)).astype(v.dtype)
+    mixed_BGJTK = jnp.einsum("bgjts,bgsk->bgjtk", weights, v) / weights.sum(axis=-1, keepdims=True)
     return mixed_BGJTK.transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
 
 
@@ -109,5 +110,5 @@ def _scores(q, k, visible):
     B, T, H, K = q.shape
     G = k.shape[1]
     q_BGJTK = (q * K**-0.5).reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4)
-    scores = jnp.einsum("bgjtk,bgsk->bgjts", q_BGJTK, k, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("bgjtk,bgsk->bgjts", q_BGJTK, k)
     return jnp.where(visible[:, None, None], scores, -1e30)

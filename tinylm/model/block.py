@@ -7,33 +7,34 @@ from jaxtyping import Array, ArrayLike, Bool, Float
 
 from tinylm.model.attention import Attention, KeyValue
 from tinylm.model.embedding import RMSNorm, Rotation, param
+from tinylm.model.product import product
 
 
 class MLP(nnx.Module):
     """down(silu(gate x) * up x), the gated unit of 2002.05202."""
 
-    def __init__(self, D: int, F: int, stack: tuple[int, ...], rngs: nnx.Rngs):
+    def __init__(self, D: int, F: int, stack: tuple[int, ...], dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.dtype = dtype
         self.gate_proj = param(rngs, (*stack, D, F), D**-0.5)
         self.up_proj = param(rngs, (*stack, D, F), D**-0.5)
         self.down_proj = nnx.Param(jnp.zeros((*stack, F, D), jnp.float32))
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Apply the unit to every position."""
-        gate, up, down = (w[...].astype(x.dtype)
-                          for w in (self.gate_proj, self.up_proj, self.down_proj))
-        hidden = jax.nn.silu(jnp.einsum("btd,df->btf", x, gate)) * jnp.einsum("btd,df->btf", x, up)
-        return jnp.einsum("btf,fd->btd", hidden, down)
+        gate, up = (product("btd,df->btf", x, w[...], self.dtype)
+                    for w in (self.gate_proj, self.up_proj))
+        return product("btf,fd->btd", jax.nn.silu(gate) * up, self.down_proj[...], self.dtype)
 
 
 class Block(nnx.Module):
     """Attention and MLP with their norms; parameters of all layers are stacked by `stack`."""
 
     def __init__(self, D: int, H: int, G: int, K: int, F: int, stack: tuple[int, ...],
-                 rngs: nnx.Rngs):
+                 dtype: jnp.dtype, rngs: nnx.Rngs):
         self.input_layernorm = RMSNorm((*stack, D))
-        self.self_attn = Attention(D, H, G, K, stack, rngs)
+        self.self_attn = Attention(D, H, G, K, stack, dtype, rngs)
         self.post_attention_layernorm = RMSNorm((*stack, D))
-        self.mlp = MLP(D, F, stack, rngs)
+        self.mlp = MLP(D, F, stack, dtype, rngs)
 
     def __call__(
         self,

@@ -40,8 +40,7 @@ def _capture(config, params, tokens):
     model, index = rebuild(config, params), np.arange(len(tokens))
     visible = (index[:, None] >= index[None, :])[None]
     turn = rotation(index[None], config.T, config.head_width, config.rope_theta)
-    dtype = jnp.dtype("bfloat16" if config.compute == "bf16" else "float32")
-    x = model.embed_tokens(tokens[None], dtype)
+    x = model.embed_tokens(tokens[None])
     kept = []
     for block in model.blocks():
         q, k, _ = block.self_attn.project(block.input_layernorm(x), turn)

@@ -51,7 +51,7 @@ class ModelConfig:
     tied: bool = True
     """the output head is the embedding table"""
     compute: Literal["f32", "bf16"] = "f32"
-    """dtype of the matrix products; parameters, norms, softmax and loss stay float32"""
+    """what the operands of matrix products are rounded to; all else and all sums are float32"""
     rope_theta: float = 10000.0
     """base of the rotary wavelengths"""
 
@@ -87,6 +87,11 @@ class ModelConfig:
         return self.F or -(-8 * self.D // 24) * 8
 
     @property
+    def dtype(self) -> jnp.dtype:
+        """The type of the operands of matrix products."""
+        return jnp.dtype("bfloat16" if self.compute == "bf16" else "float32")
+
+    @property
     def shape(self) -> Shape:
         """The shape that accounting counts; position_weights has no layers, only its head."""
         layers = self.L if self.kind == "transformer" else 0
@@ -99,11 +104,12 @@ class Decoder(nnx.Module):
 
     def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
         self.config = c
-        self.embed_tokens = Embedding(c.V, c.D, rngs)
-        self.layers = Block(c.D, c.H, c.groups, c.head_width, c.mlp_width, (c.L,), rngs)
+        self.embed_tokens = Embedding(c.V, c.D, c.dtype, rngs)
+        self.layers = Block(c.D, c.H, c.groups, c.head_width, c.mlp_width, (c.L,),
+                            c.dtype, rngs)
         self.norm = RMSNorm((c.D,))
         if not c.tied:
-            self.lm_head = Embedding(c.V, c.D, rngs)
+            self.lm_head = Embedding(c.V, c.D, c.dtype, rngs)
 
     def __call__(
         self,
@@ -172,9 +178,7 @@ class Decoder(nnx.Module):
 
     def _begin(self, tokens, positions):
         c = self.config
-        dtype = jnp.dtype("bfloat16" if c.compute == "bf16" else "float32")
-        return (rotation(positions, c.T, c.head_width, c.rope_theta),
-                self.embed_tokens(tokens, dtype))
+        return rotation(positions, c.T, c.head_width, c.rope_theta), self.embed_tokens(tokens)
 
 
 def build(c: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:

@@ -8,6 +8,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Float, Int
 
+from tinylm.model.product import product
+
 
 def param(rngs: nnx.Rngs, shape: tuple[int, ...], std: float) -> nnx.Param:
     """Draw a float32 parameter from a normal distribution with standard deviation `std`."""
@@ -17,17 +19,17 @@ def param(rngs: nnx.Rngs, shape: tuple[int, ...], std: float) -> nnx.Param:
 class Embedding(nnx.Module):
     """A table of V rows of width D; read by token on the way in, by product on the way out."""
 
-    def __init__(self, V: int, D: int, rngs: nnx.Rngs):
+    def __init__(self, V: int, D: int, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.dtype = dtype
         self.weight = param(rngs, (V, D), 0.02)
 
-    def __call__(self, tokens: Int[Array, "B T"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
+    def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Look the tokens up."""
-        return self.weight[...].astype(dtype)[tokens]
+        return self.weight[...][tokens]
 
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Score every row against x, accumulating in float32."""
-        weight = self.weight[...].astype(x.dtype)
-        return jnp.einsum("btd,vd->btv", x, weight, preferred_element_type=jnp.float32)
+        """Score every row against x."""
+        return product("btd,vd->btv", x, self.weight[...], self.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -37,10 +39,9 @@ class RMSNorm(nnx.Module):
         self.weight = nnx.Param(jnp.ones(shape, jnp.float32))
 
     def __call__(self, x: Float[Array, "*batch W"]) -> Float[Array, "*batch W"]:
-        """Normalise in float32 and return x's dtype."""
-        wide = x.astype(jnp.float32)
-        mean = jnp.mean(wide * wide, axis=-1, keepdims=True)
-        return (wide * jax.lax.rsqrt(mean + 1e-6) * self.weight[...]).astype(x.dtype)
+        """Normalise."""
+        mean = jnp.mean(x * x, axis=-1, keepdims=True)
+        return x * jax.lax.rsqrt(mean + 1e-6) * self.weight[...]
 
 
 class Rotation(NamedTuple):
@@ -64,6 +65,6 @@ def rotation(positions: Int[ArrayLike, "#B T"], T: int, K: int, theta: float) ->
 
 def rotate(x: Float[Array, "B T N K"], by: Rotation) -> Float[Array, "B T N K"]:
     """Rotate channel pairs (k, k + K/2) of every head by the angle of their position."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    first, second = jnp.split(x, 2, axis=-1)
     turned = (first * by.cos - second * by.sin, second * by.cos + first * by.sin)
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+    return jnp.concatenate(turned, axis=-1)

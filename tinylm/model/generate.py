@@ -55,8 +55,7 @@ def prefill(config: ModelConfig, params: Params, prompts: Sequence[np.ndarray]) 
 def _prefill(config: ModelConfig, params: Params, rows: Array, begin: Array) -> Decoding:
     B = rows.shape[0]
     shape = (B, config.groups, config.T, config.head_width)
-    dtype = jnp.bfloat16 if config.compute == "bf16" else jnp.float32
-    cache = [KeyValue(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.L)]
+    cache = [KeyValue(jnp.zeros(shape), jnp.zeros(shape)) for _ in range(config.L)]
     model = rebuild(config, params)
     logits, cache = model.extend(model.blocks(), rows, cache, jnp.int32(0), begin)
     return Decoding(cache, logits[:, -1], jnp.int32(rows.shape[1]), begin, jnp.zeros(B, bool))

@@ -17,7 +17,7 @@ NOTES = ("config.json", "plan.json", "record.json", "failure.json", "environment
 
 def bench(what: Positional[Literal["machine", "train", "decode"]],
           shapes: tuple[str, ...] = ("s", "m", "l", "xl"), models: int = 1, rounds: int = 5,
-          json: bool = False) -> None:
+          compute: Literal["f32", "bf16"] = "f32", json: bool = False) -> None:
     """Time this machine's matrix products, training or decoding.
 
     Args:
@@ -25,6 +25,7 @@ def bench(what: Positional[Literal["machine", "train", "decode"]],
         shapes: s, m, l or xl (tinylm/bench.py)
         models: for train: 1 model over all devices, or so many pinned processes with one each
         rounds: the median is over these, taken in turn
+        compute: for train and decode: the type of the products' operands
         json: print the record on the last line
     """
     from tinylm import bench as timed
@@ -33,9 +34,9 @@ def bench(what: Positional[Literal["machine", "train", "decode"]],
         case "machine":
             found = timed.peak(rounds)
         case "train":
-            found = timed.train(shapes, models, rounds)
+            found = timed.train(shapes, models, rounds, compute=compute)
         case "decode":
-            found = timed.generation(shapes, rounds=rounds)
+            found = timed.generation(shapes, rounds=rounds, compute=compute)
     progress.answer(found, json, progress.benched(found))
 
 
