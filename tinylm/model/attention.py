@@ -14,8 +14,8 @@ from jaxtyping import Array, ArrayLike, Bool, Float
 from tinylm.model.embedding import RMSNorm, Rotation, param, rotate
 from tinylm.model.product import product
 
-LONG, BLOCKS = 256, 4
-"""LONG queries and more are cut into BLOCKS (at 128 that won nothing over a whole step)"""
+BLOCK, BLOCKS = 64, 4
+"""queries are cut into blocks of BLOCK or more, BLOCKS at most"""
 
 
 class KeyValue(NamedTuple):
@@ -78,37 +78,67 @@ def attend(
     keys that any of its queries may see: what is masked for all is not computed.
     """
     T = q.shape[1]
-    blocks = BLOCKS if isinstance(visible, np.ndarray) and T >= LONG else 1
-    parts = []
+    blocks = min(BLOCKS, max(1, T // BLOCK)) if isinstance(visible, np.ndarray) else 1
+    q_BGJTK, parts = _grouped(q, k), []
     for rows in np.array_split(np.arange(T), blocks):
         here, seen = visible[:, rows[0]:rows[-1] + 1], k.shape[2]
         if blocks > 1:
             seen = int(np.flatnonzero(here.any(axis=(0, 1))).max()) + 1
-        parts.append(_mix(q[:, rows[0]:rows[-1] + 1], k[:, :, :seen], v[:, :, :seen],
+        parts.append(_mix(q_BGJTK[..., rows[0]:rows[-1] + 1, :], k[:, :, :seen], v[:, :, :seen],
                           here[..., :seen]))
-    return parts[0] if blocks == 1 else jnp.concatenate(parts, axis=1)
+    mixed_BGJTK = parts[0] if blocks == 1 else jnp.concatenate(parts, axis=3)
+    return mixed_BGJTK.transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
 
 def weigh(
     q: Float[Array, "B T H K"], k: Float[Array, "B G S K"], visible: Bool[ArrayLike, "#B T S"]
 ) -> Float[Array, "B G J T S"]:
     """Give the weights by which `attend` mixes, float32; J = H / G query heads share a key head."""
-    return jax.nn.softmax(_scores(q, k, visible), axis=-1)
+    return jax.nn.softmax(_scores(_grouped(q, k), k, visible), axis=-1)
 
 
-def _mix(q, k, v, visible):
-    """Divide by the sum of the weights after the product with v, where it is K wide and not S."""
-    B, T, H, K = q.shape
-    scores = _scores(q, k, visible)
-    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
-    mixed_BGJTK = jnp.einsum("bgjts,bgsk->bgjtk", weights, v) / weights.sum(axis=-1, keepdims=True)
-    return mixed_BGJTK.transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
+def _grouped(q: Float[Array, "B T H K"], k: Float[Array, "B G S K"]) -> Float[Array, "B G J T K"]:
+    """Scale the queries by K^-.5 and bring heads in front of time.
 
-
-def _scores(q, k, visible):
-    """Heads are in front of time: a CPU multiplies batches of plain matrices fastest."""
+    A CPU multiplies batches of plain matrices fastest.
+    """
     B, T, H, K = q.shape
     G = k.shape[1]
-    q_BGJTK = (q * K**-0.5).reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4)
+    return (q * K**-0.5).reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4)
+
+
+def _scores(q_BGJTK, k, visible):
     scores = jnp.einsum("bgjtk,bgsk->bgjts", q_BGJTK, k)
     return jnp.where(visible[:, None, None], scores, -1e30)
+
+
+@jax.custom_vjp
+def _mix(q_BGJTK, k, v, visible):
+    return _mix_forward(q_BGJTK, k, v, visible)[0]
+
+
+def _mix_forward(q, k, v, visible):
+    """Divide by the sum of the weights after the product with v, where it is K wide and not S."""
+    scores = _scores(q, k, visible)
+    weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+    total = weights.sum(axis=-1, keepdims=True)
+    mixed = jnp.einsum("bgjts,bgsk->bgjtk", weights, v) / total
+    return mixed, (q, k, v, weights, total, mixed)
+
+
+def _mix_backward(kept, dy):
+    """Read the weights in one pass and turn no array of T x S, as the derived gradient does.
+
+    d scores = weights (dy v - sum_k(dy mixed)) with dy divided by the total; masked weights are 0.
+    """
+    q, k, v, weights, total, mixed = kept
+    dy = dy / total
+    shift = (dy * mixed).sum(axis=-1, keepdims=True)
+    dscores = weights * (jnp.einsum("bgjtk,bgsk->bgjts", dy, v) - shift)
+    dq = jnp.einsum("bgjts,bgsk->bgjtk", dscores, k)
+    dk_BGKS = jnp.einsum("bgjtk,bgjts->bgks", q, dscores)
+    dv_BGKS = jnp.einsum("bgjtk,bgjts->bgks", dy, weights)
+    return dq, dk_BGKS.swapaxes(2, 3), dv_BGKS.swapaxes(2, 3), None
+
+
+_mix.defvjp(_mix_forward, _mix_backward)

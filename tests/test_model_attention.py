@@ -1,0 +1,54 @@
+"""Attention against its definition: values and gradients, whatever is masked and however cut."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tinylm.model import attention
+
+
+def defined(q, k, v, visible):
+    """softmax_s(q_t . k_s / sqrt(K)) v_s, the key heads repeated for their query heads."""
+    k, v = (jnp.repeat(a, q.shape[2] // a.shape[1], axis=1) for a in (k, v))
+    scores = jnp.einsum("bthk,bhsk->bhts", q, k) / np.sqrt(q.shape[-1])
+    weights = jax.nn.softmax(jnp.where(visible[:, None], scores, -jnp.inf), axis=-1)
+    return jnp.einsum("bhts,bhsk->bthk", weights, v)
+
+
+def drawn(T, H, G, K=8, B=2):
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = ((B, T, H, K), (B, G, T, K), (B, G, T, K), (B, T, H, K))
+    return [2 * jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
+
+
+@pytest.mark.parametrize(("T", "H", "G"), [(16, 2, 2), (130, 4, 2), (300, 2, 1)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_values_and_gradients_are_those_of_the_definition(T, H, G, packed):
+    *qkv, slope = drawn(T, H, G)
+    visible = np.tril(np.ones((1, T, T), bool))
+    if packed:  # two conversations a row: known only when the program runs
+        number = jnp.asarray(np.arange(T)[None] >= np.array([[T // 3], [T // 2]]))
+        visible = visible & (number[:, :, None] == number[:, None, :])
+    ours, exact = (jax.jit(jax.value_and_grad(
+        lambda q, k, v, f=f: jnp.sum(slope * f(q, k, v, visible)), argnums=(0, 1, 2)))(*qkv)
+        for f in (attention.attend, defined))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), ours, exact)
+
+
+def test_large_scores_neither_overflow_nor_vanish():
+    q, k, v, _ = drawn(64, 2, 2)
+    visible = np.tril(np.ones((1, 64, 64), bool))
+    for scale in (30.0, -30.0):
+        mixed = attention.attend(scale * q, 30.0 * k, v, visible)
+        np.testing.assert_allclose(mixed, defined(scale * q, 30.0 * k, v, visible), rtol=1e-3,
+                                   atol=1e-3)
+
+
+def test_what_no_query_of_a_block_sees_is_not_computed():
+    q, k, v, _ = drawn(256, 2, 2)
+    visible = np.tril(np.ones((1, 256, 256), bool))
+    programs = [jax.make_jaxpr(lambda *a, seen=seen: attention.attend(*a, seen))(q, k, v)
+                for seen in (visible, np.ones_like(visible))]
+    scores = [str(p).count("f32[2,2,1,64,256]") for p in programs]
+    assert 0 < scores[0] < scores[1]
