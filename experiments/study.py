@@ -56,8 +56,6 @@ def main(args: Args) -> int:
         data, tokenizer = prepare.prepare(out / "text", corpus, study.base.V, event, lower=True)
     base = replace(study.base, V=data.V)
 
-    packed = [stage.pack_corpus(split, tokenizer, base.T)
-              for split in (corpus.train, corpus.heldout)]
     models = cells.ladder(base, study.widths)
     cells.check_tokens(study, models, data)
     plan_cells = cells.grid(models, study.budgets, study.per_budget, study.spread, study.batch)
@@ -66,7 +64,8 @@ def main(args: Args) -> int:
     tuning = cells.tuning(study, models, data.id)
     position = [cells.position(study, base, data.id)]
     if args.dry_run:
-        say(progress.listing(tuning + position + grid, data, study.rate))
+        runs = {"tuning": tuning, "position": position, "sweep": grid}
+        say(progress.listing({**runs, **cells.expected(study, models, data.id)}, data, study.rate))
         return 0
 
     tables = baselines.measured(out / "baselines.json", data, base.T, study.order)
@@ -83,14 +82,16 @@ def main(args: Args) -> int:
     files.write_json(out / "law.json", fitted)
     say(progress.law(fitted))
     runs, ids, eval_id = law.runs_of(records)
-    best = cells.best_target(models, fitted, study, data)
+    place = out / "forecast.json"
+    best = (cells.nearest(models, forecast.read(place).target_params) if place.exists()
+            else cells.best_target(models, fitted, study, data))
     target = cell(study.target, best.shape, study.batch)
-    if not (out / "forecast.json").exists():
-        forecast.write(out / "forecast.json", forecast.make(
+    if not place.exists():
+        forecast.write(place, forecast.make(
             runs, ids, target.flops, target.params, target.tokens, eval_id, study.name,
             rough=True, warning=law.tuning_gate(verdict)))
-    sha = files.sha256(out / "forecast.json")
-    say(progress.forecast(forecast.read(out / "forecast.json"), sha))
+    sha = files.sha256(place)
+    say(progress.forecast(forecast.read(place), sha))
 
     config = replace(cells.config(target, models, study.optim, study.rule, study.batch, data.id),
                      forecast_sha256=sha)
@@ -98,11 +99,12 @@ def main(args: Args) -> int:
     plan = machine.plan_for(config.rows, T, D, *backend)
     with progress.bar("held-out run", config.steps) as event:
         record = pretrain(out / "target", config, data, plan, event)
-    score = forecast.check(out / "forecast.json", record)
+    score = forecast.check(place, record)
     files.write_json(out / "score.json", score._asdict())
     forecast.append_to_ledger(out.parent / "forecasts.csv", score)
     say(progress.score(score))
 
+    packed = stage.pack_splits(corpus, tokenizer, base.T, study.sft_steps)
     tuned = stage.SftConfig(config.model, study.sft, record["id"],
                             stage.conversations_id(*packed), study.sft_steps)
     plan = machine.plan_for(tuned.rows, T, D, *backend)

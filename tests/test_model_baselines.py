@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from tinylm.config import BadInput
+from tinylm.model import baselines
 from tinylm.model.baselines import FACTORS, NGram, fit_orders
 
 V = 12
@@ -141,3 +142,17 @@ def test_a_large_vocabulary_and_order_do_not_overflow():
     assert time.process_time() - began < 5
     assert model.nats(cycle)[4:].max() < 0.1 and model.nats(np.repeat(cycle, 2))[1::2].min() > 5
     assert [i for i, _, _ in model.counts(cycle[:4], 9)] == [cycle[4]]
+
+
+def test_the_factor_is_the_one_of_least_loss_on_the_slice(monkeypatch):
+    """Any other factor, counted on the rest, does worse on the blocks that were kept out."""
+    tokens = chain(1000)
+    held = baselines._spread(len(tokens), 0.05)
+    for order, model in fit_orders(tokens, [3, 4], V).items():
+        loss = {}
+        for factor in FACTORS:
+            monkeypatch.setattr(baselines, "FACTORS", (factor,))
+            rest = fit_orders(tokens[~held], [order], V)[order]
+            loss[factor] = rest.nats(tokens[held]).mean()
+        monkeypatch.undo()
+        assert min(loss, key=loss.get) == model.factor and max(loss.values()) > min(loss.values())

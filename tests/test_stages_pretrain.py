@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from tinylm import machine
+from tinylm import files, machine
 from tinylm.config import BadInput
 from tinylm.model.decoder import ModelConfig
 from tinylm.stages.pretrain import PretrainConfig, pretrain
@@ -58,6 +58,8 @@ def bits(folder: Path, config: PretrainConfig) -> str:
 def test_training_lowers_the_heldout_loss_far_below_uniform(tmp_path, data, config):
     record = pretrain(tmp_path / "run", config, data, PLAN)
     assert record["status"] == "ok"
+    rows = files.read_lines(tmp_path / "run/metrics.jsonl")
+    assert all(row.keys() == run.METRICS.keys() for row in rows) and rows[-1]["step"] == 30
     assert record["loss"]["nats_per_token"] < 0.8 * np.log(data.V)
     assert 0 < record["loss"]["stderr"] < record["loss"]["nats_per_token"]
 

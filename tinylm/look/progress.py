@@ -91,25 +91,26 @@ def _sweep_table(title: str, p: "SweepProgress") -> Table:
     return table
 
 
-def listing(configs: list["PretrainConfig"], data: Dataset, rate: float) -> Table:
-    """List runs before they are trained; `rate` in FLOP/s gives their expected time."""
+def listing(runs: dict[str, list["PretrainConfig"]], data: Dataset, rate: float) -> Table:
+    """List runs by purpose before they are trained; `rate` in FLOP/s gives their expected time."""
     from tinylm.stages.pretrain import counts
     from tinylm.train.batch import windows
 
+    configs = [c for part in runs.values() for c in part]
     total = sum(c.flops for c in configs)
     compiling = COMPILE_SECONDS * len({c.model for c in configs})
     table = Table(title=f"{len(configs)} runs, {total:.2e} FLOPs, about "
                         f"{(total / rate + compiling) / 60:.1f} min, {compiling:.0f} s to compile")
-    for column in ("kind", "width", "params", "tokens", "tokens/param", "epochs", "FLOPs", "lr",
+    for column in ("for", "width", "params", "tokens", "tokens/param", "epochs", "FLOPs", "lr",
                    "seconds"):
         table.add_column(column, justify="right")
-    for c in configs:
+    for purpose, c in ((p, c) for p, part in runs.items() for c in part):
         size = counts(c.model)
         params = size["head"] + size["blocks"]
         epochs = c.tokens / (windows(data.train, c.model.T) * c.model.T)
-        table.add_row(c.model.kind, str(c.model.D), str(params), str(c.tokens),
-                      f"{c.tokens / params:.1f}", f"{epochs:.2f}", f"{c.flops:.2e}",
-                      f"{c.optim.lr:.2e}", f"{c.flops / rate:.0f}")
+        table.add_row(purpose, str(c.model.D), str(params), str(c.tokens),
+                      f"{c.tokens / params:.1f}", "" if purpose == "chat" else f"{epochs:.2f}",
+                      f"{c.flops:.2e}", f"{c.optim.lr:.2e}", f"{c.flops / rate:.0f}")
     return table
 
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from tinylm.config import BadInput
 
-FACTORS = (0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3)
+FACTORS = (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3)
 SLICE_TOKENS = 4096
 MISS = -1
 

@@ -15,11 +15,16 @@ from tinylm.evaluate.heldout import eval_id, heldout
 from tinylm.laws.accounting import flops_per_token
 from tinylm.model.decoder import ModelConfig, Params, init
 from tinylm.text.chat import Packed, conversations, pack, render, windows
-from tinylm.text.corpora import Document
+from tinylm.text.corpora import Corpus, Document
 from tinylm.text.shards import Dataset
 from tinylm.text.tokenizer import Tokenizer
 from tinylm.train import batch, checkpoint, loop, losses, optim, run, step
 from tinylm.train.optim import OptimConfig
+
+HELD = 2000
+"""rows of held-out conversations to pack, about"""
+CHARACTERS = 6
+"""a token at most, on average"""
 
 
 @dataclass(frozen=True)
@@ -116,8 +121,20 @@ def check(config: SftConfig, train: Packed, held: Packed, plan: machine.Plan) ->
                        "conversations; bring conversations with user and assistant turns")
 
 
-def pack_corpus(documents: list[Document], tokenizer: Tokenizer, T: int) -> Packed:
-    """Render and pack the conversations of documents (or their neighbouring lines)."""
+def pack_splits(corpus: Corpus, tokenizer: Tokenizer, T: int, steps: int,
+                rows: int = SftConfig.rows) -> list[Packed]:
+    """Render and pack the conversations (or neighbouring lines) of both splits.
+
+    Of more text than `steps` of `rows` rows can read, or HELD rows held out, every n-th document
+    is taken.
+    """
+    return [_pack(split, tokenizer, T, most)
+            for split, most in ((corpus.train, steps * rows), (corpus.heldout, HELD))]
+
+
+def _pack(documents: list[Document], tokenizer: Tokenizer, T: int, rows: int) -> Packed:
+    size = sum(len(d.text) for d in documents)
+    documents = documents[::max(1, size // (rows * (T + 1) * CHARACTERS))]
     rendered = [render(c, tokenizer) for c in conversations(documents)]
     return pack([part for r in rendered for part in windows(*r, T)], T)
 

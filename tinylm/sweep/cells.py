@@ -10,6 +10,7 @@ from tinylm.laws.accounting import parameters
 from tinylm.laws.plan import Cell, cell, centre, isoflop_grid
 from tinylm.model.decoder import ModelConfig
 from tinylm.stages.pretrain import MOST_EPOCHS, PretrainConfig
+from tinylm.stages.sft import SftConfig
 from tinylm.sweep.presets import RateRule, Study
 from tinylm.text.shards import Dataset
 from tinylm.train.optim import OptimConfig
@@ -43,7 +44,8 @@ def check_tokens(study: Study, models: Sequence[ModelConfig], data: Dataset) -> 
     target = cell(study.target, nearest(models, centre(study.target)).shape, study.batch)
     need, held = max(c.tokens for c in [*largest, target]), len(data.train)
     if need > MOST_EPOCHS * held:
-        names = ", ".join(r["name"] for r in data.facts["read"][:3])
+        read = [r["name"] for r in data.facts["read"]]
+        names = ", ".join(read[:3]) + (f" and {len(read) - 3} more" if read[3:] else "")
         raise BadInput(f"the {study.name} study trains a run on {need:.3g} tokens and {names} "
                        f"hold {held:.3g}, of which {MOST_EPOCHS:g} epochs are allowed; bring "
                        f"{need / MOST_EPOCHS / held:.1f} times the text with --corpus or choose a "
@@ -60,6 +62,16 @@ def tuning(study: Study, models: Sequence[ModelConfig], data_id: str) -> list[Pr
         out += [replace(one, optim=replace(one.optim, lr=one.optim.lr * factor))
                 for factor in (0.5, 1.0, 2.0)]
     return out
+
+
+def expected(study: Study, models: Sequence[ModelConfig],
+             data_id: str) -> dict[str, list[PretrainConfig]]:
+    """Give what follows the sweep at the size expected beforehand; the law chooses the real one."""
+    one = cell(study.target, nearest(models, centre(study.target)).shape, study.batch)
+    target = config(one, models, study.optim, study.rule, study.batch, data_id)
+    tuned = replace(target, optim=study.sft, steps=study.sft_steps,
+                    batch=SftConfig.rows * target.model.T)
+    return {"held-out": [target], "chat": [tuned]}
 
 
 def position(study: Study, base: ModelConfig, data_id: str) -> PretrainConfig:

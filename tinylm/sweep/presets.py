@@ -86,7 +86,7 @@ LAPTOP = Study(
 # Not yet run whole: their rates rest on the laptop's rule and the square root of the batch.
 OVERNIGHT = Study(
     name="overnight", budgets=(4e12, 1.1e13, 3e13, 8e13, 2e14), target=1.2e15,
-    widths=tuple(range(48, 800, 16)), base=ModelConfig(V=2048, L=4, H=4, T=256), batch=2048,
+    widths=tuple(range(16, 800, 16)), base=ModelConfig(V=2048, L=4, H=4, T=256), batch=2048,
     rule=RateRule(lr0=1.4e-2), tuning=(4e12, 1.1e13, 3e13), position_flops=1e12, sft_steps=2000)
 
 ACCELERATOR = Study(

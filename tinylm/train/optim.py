@@ -1,9 +1,9 @@
 """AdamW or Muon, width-aware, warmup-stable-decay; what may vary in a sweep is an array.
 
-Rates follow muP for Adam (2203.03466): a matrix whose fan-in is the width learns at lr * 64 / D,
-gains and tables at lr; so `lr` is always the rate of a model of width 64. From width 8 to
-160 the best rate then stays within a factor 2 (experiments/results/lr_by_width.json). Weight
-decay goes by path.
+Rates follow muP for Adam (2203.03466): a matrix whose fan-in is the width, the head's tied table
+included, learns at lr * 64 / D, gains and an untied table at lr; so `lr` is always the rate of a
+model of width 64. From width 8 to 160 the best rate then stays within a factor 2
+(experiments/results/lr_by_width.json). Weight decay goes by path.
 
 Muon (optax.contrib) takes the blocks' matrices: its update has all singular values near 1, times
 1.6 sqrt(max(1, out / in)), which at width 64 is about AdamW's size and needs no factor of width.

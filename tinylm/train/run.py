@@ -24,10 +24,8 @@ METRICS = {
     "train/nats_per_token": "mean training loss since the last row, nats a token",
     "train/grad_norm": "mean global norm of the gradient before clipping",
     "train/lr": "mean learning rate of a width-64 model",
-    "heldout/nats_per_token": "held-out loss, nats a token",
-    "heldout/bits_per_byte": "held-out loss, bits a byte of text",
 }
-"""every name that metrics.jsonl may hold"""
+"""the columns of metrics.jsonl"""
 
 
 class Stopped(Exception):

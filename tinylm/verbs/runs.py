@@ -109,7 +109,7 @@ def sweep(out: Path, budgets: tuple[float, ...], widths: tuple[int, ...],
     chosen = cells.grid(models, budgets, per_budget, spread, batch)
     runs = [cells.config(c, models, optim, rule, batch, data.id, seed) for c in chosen]
     if dry_run:
-        progress.say(progress.listing(runs, data, 1e11))
+        progress.say(progress.listing({"sweep": runs}, data, 1e11))
         return
     for one in runs:
         pretrain.check(one, data, machine.Plan())
@@ -142,7 +142,7 @@ def sft(parent: Positional[Path], out: Path, data: tuple[Path, ...] = (),
         json: print the record on the last line
     """
     config, tokens, learnt = folders.opened(parent, text)
-    packed = _conversations(data, corpus, field, learnt, config.T)
+    packed = _conversations(data, corpus, field, learnt, config.T, steps, rows)
     wanted = tuning.SftConfig(config, optim, folders.finished(parent)["id"],
                               tuning.conversations_id(*packed), steps, rows, seed)
     plan = folders.plan_of(out, rows, config)
@@ -166,10 +166,10 @@ def evaluate(target: Positional[Path], text: Path | None = None, json: bool = Fa
                     f"{found.bits_per_byte:.4f} bits a byte, {found.tokens} tokens")
 
 
-def _conversations(data, corpus, field, learnt, T):
+def _conversations(data, corpus, field, learnt, T, steps, rows):
     if not data:
         loaded = corpora.load(corpus, field)
-        return [tuning.pack_corpus(split, learnt, T) for split in (loaded.train, loaded.heldout)]
+        return tuning.pack_splits(loaded, learnt, T, steps, rows)
     talks = [messages for path in data for messages in read_jsonl(path)]
     held = talks[::25] if len(talks) > 1 else []
     kept = [t for n, t in enumerate(talks) if n % 25] if held else talks
