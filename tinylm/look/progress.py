@@ -92,11 +92,14 @@ def _sweep_table(title: str, p: "SweepProgress") -> Table:
 
 
 def listing(configs: list["PretrainConfig"], data: Dataset, rate: float) -> Table:
-    """List runs before they are trained; `rate` in FLOP/s gives their expected time."""
+    """List runs before they are trained; `rate` in FLOP/s gives their expected time.
+
+    A branch's FLOPs are those of the run alone; its seconds, and the title, are what it takes.
+    """
     from tinylm.stages.pretrain import counts
     from tinylm.train.batch import windows
 
-    total = sum(c.flops for c in configs)
+    total = sum(c.spent for c in configs)
     compiling = COMPILE_SECONDS * len({c.model for c in configs})
     table = Table(title=f"{len(configs)} runs, {total:.2e} FLOPs, about "
                         f"{(total / rate + compiling) / 60:.1f} min, {compiling:.0f} s to compile")
@@ -107,9 +110,10 @@ def listing(configs: list["PretrainConfig"], data: Dataset, rate: float) -> Tabl
         size = counts(c.model)
         params = size["head"] + size["blocks"]
         epochs = c.tokens / (windows(data.train, c.model.T) * c.model.T)
-        table.add_row(c.model.kind, str(c.model.D), str(params), str(c.tokens),
+        kind = c.model.kind if c.kind == "pretrain" else c.kind
+        table.add_row(kind, str(c.model.D), str(params), str(c.tokens),
                       f"{c.tokens / params:.1f}", f"{epochs:.2f}", f"{c.flops:.2e}",
-                      f"{c.optim.lr:.2e}", f"{c.flops / rate:.0f}")
+                      f"{c.optim.lr:.2e}", f"{c.spent / rate:.0f}")
     return table
 
 
@@ -225,6 +229,21 @@ def benched(found: dict[str, Any]) -> str:
     unit = "tokens/s" if "tokens_per_second" in found else "GFLOP/s"
     return "\n".join(f"{name:>28} {r['median']:12,.1f} {unit}  [{r['low']:,.1f}, {r['high']:,.1f}]"
                      for name, r in rates.items())
+
+
+def swept(found: dict[str, Any]) -> str:
+    """Lay out where a sweep's time went: cold and warm cache, as run and at full length."""
+    columns = list(found["cold"]["shares"])
+    lines = [f"{found['runs']} runs of {found['shapes']} shapes, {found['scale']:g} of their steps",
+             " " * 16 + "".join(f"{name:>10}" for name in (*columns, "tokens/s", "GFLOP/s"))]
+    for cache in ("cold", "warm"):
+        for length in ("shares", "full_length_shares"):
+            one = found[cache]
+            rates = (f"{one['tokens_per_second']:10,.0f}{one['flops_per_second'] / 1e9:10,.2f}"
+                     if length == "shares" else "")
+            lines.append(f"{cache + (', run' if length == 'shares' else ', full'):16}" + "".join(
+                f"{one[length][name]:10.1%}" for name in columns) + rates)
+    return "\n".join(lines)
 
 
 def answer(value: dict[str, Any], as_json: bool, words: str) -> None:

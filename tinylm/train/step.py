@@ -44,16 +44,18 @@ def make_step(loss: Loss, tx: optax.GradientTransformationExtraArgs, mesh: jax.s
     change what is computed (only the order of the additions).
     """
 
+    one = jax.jit(jax.value_and_grad(loss, has_aux=True))  # jitted: traced once for both its uses
+
     def gradients(params: Params, batch: Any) -> tuple[Params, Metrics]:
         groups = jax.tree.map(lambda a: a.reshape(-1, micro, *a.shape[1:]), batch)
 
         def add(total, group):
-            (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(params, group)
+            (_, sums), grads = one(params, group)
             return jax.tree.map(jnp.add, total, (grads, sums)), None
 
         first = jax.tree.map(lambda a: a[0], groups)
-        shapes = jax.eval_shape(lambda p, g: jax.grad(loss, has_aux=True)(p, g), params, first)
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        (_, sums), grads = jax.eval_shape(one, params, first)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (grads, sums))
         total, _ = jax.lax.scan(add, zeros, groups)
         return jax.lax.psum(total, "data")
 
@@ -81,15 +83,17 @@ def make_chunk(step: Step) -> Callable[[State, Any, int], tuple[State, Metrics]]
     n is an argument, not a shape, so one program serves every length; metrics come back stacked.
     """
 
+    once = jax.jit(step)  # jitted: traced once for both its uses
+
     def chunk(state: State, batches: Any, n: Int[Array, ""]) -> tuple[State, Metrics]:
         first = jax.tree.map(lambda a: a[0], batches)
         size = jax.tree.leaves(batches)[0].shape[0]
-        shapes = jax.eval_shape(step, state, first)[1]
+        shapes = jax.eval_shape(once, state, first)[1]
         log = {k: jnp.zeros((size,), s.dtype) for k, s in shapes.items()}
 
         def body(i, carry):
             state, log = carry
-            state, metrics = step(state, jax.tree.map(lambda a: a[i], batches))
+            state, metrics = once(state, jax.tree.map(lambda a: a[i], batches))
             return state, {k: log[k].at[i].set(v) for k, v in metrics.items()}
 
         return jax.lax.fori_loop(0, n, body, (state, log))
