@@ -83,17 +83,15 @@ def make_chunk(step: Step) -> Callable[[State, Any, int], tuple[State, Metrics]]
     n is an argument, not a shape, so one program serves every length; metrics come back stacked.
     """
 
-    once = jax.jit(step)  # jitted: traced once for both its uses
-
     def chunk(state: State, batches: Any, n: Int[Array, ""]) -> tuple[State, Metrics]:
         first = jax.tree.map(lambda a: a[0], batches)
         size = jax.tree.leaves(batches)[0].shape[0]
-        shapes = jax.eval_shape(once, state, first)[1]
+        shapes = jax.eval_shape(step, state, first)[1]
         log = {k: jnp.zeros((size,), s.dtype) for k, s in shapes.items()}
 
         def body(i, carry):
             state, log = carry
-            state, metrics = once(state, jax.tree.map(lambda a: a[i], batches))
+            state, metrics = step(state, jax.tree.map(lambda a: a[i], batches))
             return state, {k: log[k].at[i].set(v) for k, v in metrics.items()}
 
         return jax.lax.fori_loop(0, n, body, (state, log))
