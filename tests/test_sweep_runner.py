@@ -97,13 +97,13 @@ def test_a_member_that_cannot_train_is_a_row_that_says_so_and_the_rest_goes_on(
 
 def test_each_shape_has_one_worker_and_who_is_done_helps_the_others(config):  # noqa: F811
     runs = {f"D{width} {steps}": replace(config, model=replace(config.model, D=width), steps=steps)
-            for width, steps in ((8, 100), (8, 90), (12, 80), (16, 70), (16, 10), (24, 1))}
-    orders = [worker.share(runs, 2, index) for index in (0, 1)]
-    assert all(sorted(order) == sorted(runs) for order in orders)
-    own = [{n.split()[0] for n in order[:3]} for order in orders]
-    assert own == [{"D16", "D24"}, {"D8", "D12"}]
-    assert orders[0] == ["D16 70", "D16 10", "D24 1", "D12 80", "D8 100", "D8 90"]
-    assert worker.share(runs, 1, 0)[:2] == ["D16 70", "D12 80"]
+            for width, steps in ((8, 100), (8, 90), (8, 2), (12, 80), (16, 70), (16, 10), (20, 9),
+                                 (24, 1), (28, 1), (32, 1), (36, 1))}
+    one = ["D16 70", "D20 9", "D16 10", "D36 1", "D32 1", "D28 1", "D24 1"]
+    other = ["D12 80", "D8 100", "D8 90", "D8 2"]
+    assert worker.share(runs, 2, 0) == one + other and worker.share(runs, 2, 1) == other + one
+    longest = sorted(runs, key=lambda n: -runs[n].flops)
+    assert worker.share(runs, 1, 0) == longest == worker.share(runs, 4, 2)
 
 
 def test_seconds_outside_runs_are_waiting(whole):
