@@ -27,6 +27,7 @@ from tinylm.stages import sft as stage  # noqa: E402
 from tinylm.stages.pretrain import pretrain  # noqa: E402
 from tinylm.sweep import cells, law, runner  # noqa: E402
 from tinylm.sweep.presets import PRESETS  # noqa: E402
+from tinylm.sweep.trunks import shared  # noqa: E402
 from tinylm.text import corpora, prepare  # noqa: E402
 
 
@@ -61,6 +62,7 @@ def main(args: Args) -> int:
     plan_cells = cells.grid(models, study.budgets, study.per_budget, study.spread, study.batch)
     grid = [cells.config(c, models, study.optim, study.rule, study.batch, data.id)
             for c in plan_cells]
+    grid = shared(grid, study.rule) if study.trunks else grid
     tuning = cells.tuning(study, models, data.id)
     position = [cells.position(study, base, data.id)]
     if args.dry_run:
@@ -121,8 +123,9 @@ def run(folder: Path, configs: list, data) -> list:
     """Run a list of configs with a live table."""
     with progress.live(folder.name) as watch:
         records = runner.sweep(folder, configs, data.folder, watch)
-    if len(records) < len(configs):
-        progress.say(f"{folder}: {len(configs) - len(records)} of {len(configs)} runs failed; "
+    wanted = sum(c.kind != "trunk" for c in configs)
+    if len(records) < wanted:
+        progress.say(f"{folder}: {wanted - len(records)} of {wanted} runs failed; "
                      "each failure.json says why")
     return records
 

@@ -2,13 +2,17 @@
 
 import os
 import subprocess
+from dataclasses import replace
 
 import pytest
+from test_stages_pretrain import story
 
-from tinylm import bench, machine
+from tinylm import bench, files, machine
 from tinylm.config import BadInput
 from tinylm.laws.accounting import flops_per_token
+from tinylm.look import progress
 from tinylm.model.decoder import ModelConfig
+from tinylm.sweep import cells, presets
 
 TINY = ModelConfig(V=64, D=16, L=2, H=2, T=16)
 
@@ -70,6 +74,33 @@ def test_decoding_is_timed_for_each_batch():
     rates = bench.generation(("tiny",), batches=(1, 3), rounds=1)["tokens_per_second"]
     assert set(rates) == {"tiny batch 1", "tiny batch 3"}
     assert all(r["median"] > 0 for r in rates.values())
+
+
+def test_a_sweeps_shares_are_told_as_run_and_as_at_full_length(monkeypatch, tmp_path):
+    study = replace(presets.SMOKE, budgets=(2e9,))
+    monkeypatch.setitem(bench.PRESETS, "smoke", study)
+    (tmp_path / "stories.txt").write_text("\n".join(story(n, 80) for n in range(20)))
+    caches = []
+
+    def faked(folder, runs, data):
+        caches.append(os.environ["JAX_COMPILATION_CACHE_DIR"])
+        assert all(c.steps == max(1, round(0.1 * full.steps)) for c, full in zip(
+            runs, cells.grid(cells.ladder(study.base, study.widths), (2e9,), 4, 6.0, 256),
+            strict=True))
+        files.append_lines(folder / "workers.jsonl", ['{"workers": 2, "wall_seconds": 10.0}'])
+        files.append_lines(folder / "run/timing.jsonl", [
+            '{"wall_seconds": 16, "compile_seconds": 8, "compute_seconds": 4, "input_seconds": 1, '
+            '"start_seconds": 1, "save_seconds": 1, "evaluate_seconds": 1}'])
+
+    monkeypatch.setattr(bench.runner, "sweep", faked)
+    before = os.environ["JAX_COMPILATION_CACHE_DIR"]
+    found = bench.sweep("smoke", 0.1, (str(tmp_path / "stories.txt"),))
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == before != caches[0] == caches[1]
+    assert found["cold"]["shares"] == {"wait": 0.2, "compile": 0.4, "start": 0.05, "input": 0.05,
+                                       "compute": 0.2, "save": 0.05, "evaluate": 0.05}
+    assert found["warm"]["full_length_shares"]["compute"] == pytest.approx(40 / 65)
+    assert found["runs"] == found["shapes"] == 4
+    assert "40.0%" in progress.swept(found)
 
 
 def test_unknown_shapes_and_impossible_counts_are_refused(monkeypatch):

@@ -1,12 +1,16 @@
 """Configs: strict JSON, ids that only content moves."""
 
+import json
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import pytest
 
 from tinylm.config import BadInput, canonical, from_json, identity, override, to_json
 from tinylm.model.decoder import ModelConfig
 from tinylm.stages.pretrain import PretrainConfig
+
+SWEEP = Path(__file__).parents[1] / "experiments" / "results" / "laptop" / "sweep"
 
 
 def test_json_round_trip_gives_the_same_config_and_id():
@@ -36,6 +40,12 @@ def test_a_new_field_with_a_default_keeps_old_ids():
     New.__name__ = "Old"
     assert identity(Old(2)) == identity(New(2))
     assert identity(New(2, (1,))) != identity(New(2))
+
+
+def test_recorded_runs_keep_their_ids():
+    found = [json.loads(p.read_text()) for p in sorted(SWEEP.glob("*/record.json"))]
+    assert len(found) == 35
+    assert all(identity(from_json(PretrainConfig, r["config"])) == r["id"] for r in found)
 
 
 @pytest.mark.parametrize(("values", "words"), [

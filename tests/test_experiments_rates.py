@@ -14,8 +14,9 @@ TOYS = {
     "lr_by_width": ("--widths", "8", "16", "--seeds", "1", "--steps", "20", "--V", "128",
                     "--results"),
     "optimisers": ("--widths", "8", "--seeds", "1", "--steps", "20", "--V", "128", "--results"),
+    "trunks": ("--widths", "8", "--flops", "2e8", "3e8", "--V", "128", "--csv"),
 }
-ROWS = {"rate_rule": 2, "vocab_size": 2, "lr_by_width": 10, "optimisers": 11}
+ROWS = {"rate_rule": 2, "vocab_size": 2, "lr_by_width": 10, "optimisers": 11, "trunks": 4}
 
 
 @pytest.mark.parametrize("name", TOYS)

@@ -11,8 +11,9 @@ import pytest
 from test_stages_pretrain import bits, config, data  # noqa: F401  (fixtures)
 
 from tinylm import files
-from tinylm.config import BadInput, to_json
-from tinylm.sweep import cells, presets, runner
+from tinylm.config import BadInput, from_json, to_json
+from tinylm.stages.pretrain import PretrainConfig
+from tinylm.sweep import cells, presets, runner, times, worker
 from tinylm.train import run
 
 CODE = """
@@ -92,6 +93,29 @@ def test_a_member_that_cannot_train_is_a_row_that_says_so_and_the_rest_goes_on(
     failure = files.read_json(tmp_path / "runs" / cells.name(greedy) / "failure.json")
     assert failure["status"] == "failed" and "epochs" in failure["reason"]
     assert run.record(tmp_path / "runs" / cells.name(greedy)) is None
+
+
+def test_each_shape_has_one_worker_and_who_is_done_helps_the_others(config):  # noqa: F811
+    runs = {f"D{width} {steps}": replace(config, model=replace(config.model, D=width), steps=steps)
+            for width, steps in ((8, 100), (8, 90), (8, 2), (12, 80), (16, 70), (16, 10), (20, 9),
+                                 (24, 1), (28, 1), (32, 1), (36, 1))}
+    one = ["D16 70", "D20 9", "D16 10", "D36 1", "D32 1", "D28 1", "D24 1"]
+    other = ["D12 80", "D8 100", "D8 90", "D8 2"]
+    assert worker.share(runs, 2, 0) == one + other and worker.share(runs, 2, 1) == other + one
+    longest = sorted(runs, key=lambda n: -runs[n].flops)
+    assert worker.share(runs, 1, 0) == longest == worker.share(runs, 4, 2)
+
+
+def test_seconds_outside_runs_are_waiting(whole):
+    folder, records = whole
+    row, = files.read_lines(folder / "workers.jsonl")
+    seconds = times.spent(folder)
+    assert seconds["wall"] == pytest.approx(row["workers"] * row["wall_seconds"])
+    assert seconds["wall"] == pytest.approx(seconds["wait"] + sum(
+        seconds[kind] for kind in times.KINDS), abs=0.1)
+    first = [files.read_lines(folder / cells.name(from_json(PretrainConfig, r["config"])) /
+                              "timing.jsonl")[0]["compile_seconds"] for r in records]
+    assert min(first) < 0.2 * max(first) and seconds["wait"] > 0  # who comes second compiles little
 
 
 def test_another_list_in_the_same_folder_is_refused(whole, config, data):  # noqa: F811

@@ -84,6 +84,19 @@ def test_one_program_serves_every_length_rate_and_decay_of_a_shape():
     assert chunk._cache_size() == 1
 
 
+def test_a_program_traces_the_model_once():
+    state, tx = begun()
+    traced, loss = [], losses.next_token(SMALL)
+
+    def counted(params, batch):
+        traced.append(1)
+        return loss(params, batch)
+
+    chunk = step.make_chunk(step.make_step(counted, tx, machine.mesh(1), 2))
+    chunk.trace(state, jax.tree.map(lambda a: a[None], ragged(4)), 1)
+    assert len(traced) == 1
+
+
 def test_a_chunk_of_steps_equals_steps_one_by_one_to_the_bit():
     state, tx = begun()
     other, _ = begun()

@@ -7,22 +7,30 @@ import contextlib
 import dataclasses
 import functools
 import json
+import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tinylm import machine
-from tinylm.config import BadInput, canonical, from_json, to_json
+from tinylm import files, machine
+from tinylm.config import BadInput, canonical, from_json, require, to_json
 from tinylm.laws.accounting import flops_per_token
 from tinylm.model.decoder import ModelConfig, init
 from tinylm.model.generate import decode, prefill
+from tinylm.stages.pretrain import PretrainConfig
+from tinylm.sweep import cells, runner
+from tinylm.sweep.presets import PRESETS
+from tinylm.sweep.times import spent
+from tinylm.text import corpora, prepare
 from tinylm.train import batch, losses, optim, step
 
 SHAPES = {
@@ -96,6 +104,30 @@ def generation(shapes: tuple[str, ...], batches: tuple[int, ...] = (1, 64), roun
     found = interleaved(tasks, rounds)
     return {"what": "decode", **_facts(),
             "tokens_per_second": {k: r._asdict() for k, r in found.items()}}
+
+
+def sweep(preset: str, scale: float, corpus: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Measure where a study's grid spends its time when runs take a share `scale` of their steps.
+
+    It runs twice in a temporary folder, with an empty compilation cache and with what that left.
+    The full-length shares let computing and input grow by 1 / scale and leave the rest.
+    """
+    require("scale", scale, 1e-6, 1.0)
+    study, found = PRESETS[preset], {}
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        data, _ = prepare.prepare(folder / "text", corpora.load(corpus), study.base.V, lower=True)
+        models = cells.ladder(dataclasses.replace(study.base, V=data.V), study.widths)
+        runs = [cells.config(c, models, study.optim, study.rule, study.batch, data.id)
+                for c in cells.grid(models, study.budgets, study.per_budget, study.spread,
+                                    study.batch)]
+        runs = [dataclasses.replace(c, steps=max(1, round(scale * c.steps))) for c in runs]
+        for cache in ("cold", "warm"):
+            with _cached(folder / "xla"):
+                runner.sweep(folder / cache, runs, data.folder)
+            found[cache] = _swept(folder / cache, runs, scale)
+    return {"what": "sweep", **_facts(), "preset": preset, "scale": scale, "runs": len(runs),
+            "shapes": len({c.model for c in runs}), **found}
 
 
 class Crew:
@@ -183,6 +215,27 @@ def serve() -> None:
                 0, config.V, (4, rows, config.T + 1))
             held[key] = Trainer(config, plan, drawn)
         print(held[key].rate(seconds), flush=True)
+
+
+@contextlib.contextmanager
+def _cached(folder: Path) -> Iterator[None]:
+    """Let the processes that are started inside keep what they compile in a folder."""
+    name, usual = "JAX_COMPILATION_CACHE_DIR", os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    os.environ[name] = str(folder)
+    try:
+        yield
+    finally:
+        os.environ.pop(name) if usual is None else os.environ.update({name: usual})
+
+
+def _swept(folder: Path, runs: list[PretrainConfig], scale: float) -> dict[str, Any]:
+    by, row = spent(folder), files.read_lines(folder / "workers.jsonl")[-1]
+    wall, full = by.pop("wall"), {k: v / scale if k in ("compute", "input") else v
+                                  for k, v in by.items()}
+    return {**row, "shares": {k: v / wall for k, v in by.items()},
+            "full_length_shares": {k: v / sum(full.values()) for k, v in full.items()},
+            "tokens_per_second": sum(c.tokens for c in runs) / row["wall_seconds"],
+            "flops_per_second": sum(c.flops for c in runs) / row["wall_seconds"]}
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:

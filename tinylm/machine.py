@@ -109,7 +109,8 @@ def plan_for(rows: int, T: int, D: int, backend: str, count: int, devices: int =
     cpu = backend == "cpu"
     most = max(1, (128 if D < 40 else 256) // T) if cpu else 64
     micro = max(m for m in range(1, most + 1) if rows // devices % m == 0)
-    return Plan(devices=devices, micro=micro, unroll=cpu)
+    every = 2048 if cpu and D < 40 else 512  # either is about ten seconds of a core
+    return Plan(devices=devices, micro=micro, unroll=cpu, checkpoint_every=every)
 
 
 def mesh(devices: int) -> Any:

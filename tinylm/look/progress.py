@@ -92,12 +92,15 @@ def _sweep_table(title: str, p: "SweepProgress") -> Table:
 
 
 def listing(runs: dict[str, list["PretrainConfig"]], data: Dataset, rate: float) -> Table:
-    """List runs by purpose before they are trained; `rate` in FLOP/s gives their expected time."""
+    """List runs by purpose before they are trained; `rate` in FLOP/s gives their expected time.
+
+    A branch's FLOPs are those of the run alone; its seconds, and the title, are what it takes.
+    """
     from tinylm.stages.pretrain import counts
     from tinylm.train.batch import windows
 
     configs = [c for part in runs.values() for c in part]
-    total = sum(c.flops for c in configs)
+    total = sum(c.spent for c in configs)
     compiling = COMPILE_SECONDS * len({c.model for c in configs})
     table = Table(title=f"{len(configs)} runs, {total:.2e} FLOPs, about "
                         f"{(total / rate + compiling) / 60:.1f} min, {compiling:.0f} s to compile")
@@ -108,9 +111,10 @@ def listing(runs: dict[str, list["PretrainConfig"]], data: Dataset, rate: float)
         size = counts(c.model)
         params = size["head"] + size["blocks"]
         epochs = c.tokens / (windows(data.train, c.model.T) * c.model.T)
-        table.add_row(purpose, str(c.model.D), str(params), str(c.tokens),
-                      f"{c.tokens / params:.1f}", "" if purpose == "chat" else f"{epochs:.2f}",
-                      f"{c.flops:.2e}", f"{c.optim.lr:.2e}", f"{c.flops / rate:.0f}")
+        table.add_row(purpose if c.kind == "pretrain" else c.kind, str(c.model.D), str(params),
+                      str(c.tokens), f"{c.tokens / params:.1f}",
+                      "" if purpose == "chat" else f"{epochs:.2f}", f"{c.flops:.2e}",
+                      f"{c.optim.lr:.2e}", f"{c.spent / rate:.0f}")
     return table
 
 
@@ -226,6 +230,21 @@ def benched(found: dict[str, Any]) -> str:
     unit = "tokens/s" if "tokens_per_second" in found else "GFLOP/s"
     return "\n".join(f"{name:>28} {r['median']:12,.1f} {unit}  [{r['low']:,.1f}, {r['high']:,.1f}]"
                      for name, r in rates.items())
+
+
+def swept(found: dict[str, Any]) -> str:
+    """Lay out where a sweep's time went: cold and warm cache, as run and at full length."""
+    columns = list(found["cold"]["shares"])
+    lines = [f"{found['runs']} runs of {found['shapes']} shapes, {found['scale']:g} of their steps",
+             " " * 16 + "".join(f"{name:>10}" for name in (*columns, "tokens/s", "GFLOP/s"))]
+    for cache in ("cold", "warm"):
+        for length in ("shares", "full_length_shares"):
+            one = found[cache]
+            rates = (f"{one['tokens_per_second']:10,.0f}{one['flops_per_second'] / 1e9:10,.2f}"
+                     if length == "shares" else "")
+            lines.append(f"{cache + (', run' if length == 'shares' else ', full'):16}" + "".join(
+                f"{one[length][name]:10.1%}" for name in columns) + rates)
+    return "\n".join(lines)
 
 
 def answer(value: dict[str, Any], as_json: bool, words: str) -> None:

@@ -14,11 +14,12 @@ from tinylm.look.page import p, scientific, shown, table
 from tinylm.look.questions import ANSWERS
 from tinylm.look.study import Study
 from tinylm.sweep import law
+from tinylm.sweep.times import spent
 from tinylm.text import prepare, shards
 from tinylm.train import run
 
 KINDS = ("sweep", "tuning", "position", ".")  # folders of runs; target and chat lie at the top
-SPENT = ("wall", "start", "input", "compute", "save", "evaluate")
+SPENT = ("compute", "compile", "wait", "start", "input", "save", "evaluate")
 PIECES = 90  # tokens of held-out text shown in colours
 WORDS = 12  # long words shown in pieces
 
@@ -206,16 +207,13 @@ def every_run(study: Study) -> str:
 def times(study: Study) -> str:
     """Say what the processes of each list of runs spent their wall time on."""
     rows = []
-    for name, places in (("tuning", "tuning/*"), ("position", "position/*"), ("sweep", "sweep/*"),
-                         ("held-out run", "target"), ("chat", "chat")):
-        found = [str(q.parent.relative_to(study.folder))
-                 for q in study.folder.glob(f"{places}/timing.jsonl")]
-        spent = {k: sum(study.seconds(place, k) for place in found) for k in SPENT}
-        if spent["wall"]:
-            rows.append((name, f"{spent['wall']:.0f}",
-                         *(f"{spent[k] / spent['wall']:.1%}" for k in SPENT[1:])))
-    return table(("runs", "seconds", *SPENT[1:]), rows, "seconds of all processes together; start "
-                 "is restoring, initialising and compiling")
+    for name in ("tuning", "position", "sweep", "target", "chat"):
+        seconds = spent(study.folder / name)
+        if seconds["wall"]:
+            rows.append((name, f"{seconds['wall']:.0f}",
+                         *(f"{seconds[k] / seconds['wall']:.1%}" for k in SPENT)))
+    return table(("runs", "seconds", *SPENT), rows, "seconds of all processes together; wait is "
+                 "workers starting or idle, start is initialising and restoring")
 
 
 def measured(study: Study) -> str:

@@ -41,8 +41,12 @@ class Study:
         return self.optional("tuning.json", {"sizes": []})["sizes"]
 
     def records(self, kind: str) -> list[Record]:
-        """Read the records of a list of runs (sweep, tuning, position), least compute first."""
-        return run.table(p.parent for p in sorted((self.folder / kind).glob("*/record.json")))
+        """Read the records of a list of runs (sweep, tuning, position), least compute first.
+
+        Trunks are left out.
+        """
+        found = run.table(p.parent for p in sorted((self.folder / kind).glob("*/record.json")))
+        return [r for r in found if r["kind"] != "trunk"]
 
     def record(self, name: str) -> Record:
         """Read the record of one run (target, chat)."""

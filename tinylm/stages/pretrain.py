@@ -1,23 +1,38 @@
-"""Pretrain one model on one dataset, evaluate it, write its record."""
+"""Pretrain one model on one dataset, evaluate it, write its record.
+
+A trunk is a run that never decays and keeps its checkpoints at the steps where runs branch off. A
+branch goes on from such a checkpoint and decays to its own horizon: bit for bit the run that its
+config would be without a parent, for the decay's compute alone.
+"""
 
 import functools
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
 from tinylm import files, machine
-from tinylm.config import BadInput, require
+from tinylm.config import BadInput, from_json, identity, require, to_json
 from tinylm.evaluate.heldout import eval_id, heldout
 from tinylm.laws.accounting import flops_per_token, parameters, six_nd
 from tinylm.model.decoder import ModelConfig, init
 from tinylm.text.shards import Dataset
-from tinylm.train import batch, loop, losses, optim, run, step
+from tinylm.train import batch, checkpoint, loop, losses, optim, run, step
 from tinylm.train.optim import OptimConfig
 
 MOST_EPOCHS = 4.0
+
+
+@dataclass(frozen=True)
+class Parent:
+    """Where a branch leaves its trunk."""
+
+    id: str
+    """of the trunk"""
+    step: int
+    """optimiser steps that are the trunk's"""
 
 
 @dataclass(frozen=True)
@@ -36,11 +51,23 @@ class PretrainConfig:
     """identity of the dataset, its tokenizer included"""
     forecast_sha256: str = ""
     """of the forecast that this run tests; empty for none"""
+    parent: Parent | None = None
+    """of a branch"""
+    branches: tuple[int, ...] = ()
+    """of a trunk: the steps whose checkpoints are kept for branches"""
 
     def __post_init__(self):
         if self.steps < 1:
             raise BadInput(f"steps={self.steps} is below 1; choose 1 or more")
         require("seed", self.seed, 0, 2**32 - 1)
+        if self.parent:  # later than that the rate falls
+            require("parent.step", self.parent.step, 1,
+                    self.steps - max(1.0, self.optim.decay * self.steps))
+            if not self.optim.warmup_steps:
+                raise BadInput("a branch has no optim.warmup_steps; give those of its trunk, since "
+                               "a share of its own steps would be another schedule")
+        for at in self.branches:
+            require("branches", at, 1, self.steps)
         if self.batch < 1 or self.batch % self.model.T:
             low = max(1, self.batch // self.model.T) * self.model.T
             raise BadInput(f"batch={self.batch} tokens is not a multiple of the context "
@@ -58,8 +85,29 @@ class PretrainConfig:
 
     @property
     def flops(self) -> float:
-        """Exact training FLOPs (see laws/accounting)."""
+        """Exact training FLOPs (see laws/accounting); a branch counts its trunk's part too."""
         return flops_per_token(self.model.shape) * self.tokens
+
+    @property
+    def first(self) -> int:
+        """The step it begins at."""
+        return self.parent.step if self.parent else 0
+
+    @property
+    def spent(self) -> float:
+        """Training FLOPs that this run itself takes."""
+        return self.flops * (self.steps - self.first) / self.steps
+
+    @property
+    def kind(self) -> Literal["pretrain", "branch", "trunk"]:
+        """What its record is called."""
+        return "branch" if self.parent else "trunk" if self.branches else "pretrain"
+
+    @property
+    def unbranched(self) -> "PretrainConfig":
+        """What a branch shares with its trunk, and both with the same run trained alone."""
+        return replace(self, steps=1, parent=None, branches=(),
+                       optim=replace(self.optim, decay=0.0))
 
 
 def check(config: PretrainConfig, data: Dataset, plan: machine.Plan) -> float:
@@ -86,14 +134,18 @@ def pretrain(
     data: Dataset,
     plan: machine.Plan,
     event: loop.Event | None = None,
+    trunk: Path | None = None,
 ) -> dict[str, Any]:
-    """Train, evaluate and return the record; a finished run returns its record at once."""
+    """Train, evaluate and return the record; a finished run returns its record at once.
+
+    `trunk` is the folder of a branch's trunk. A trunk itself is not evaluated.
+    """
     folder = Path(folder)
     with files.lease(folder):
         if run.planned(folder) is None:  # refuse before anything of the run is written
             check(config, data, plan)
             machine.mesh(plan.devices)
-        plan = run.settle(folder, config, "pretrain", plan, data.folder.parent)
+        plan = run.settle(folder, config, config.kind, plan, data.folder.parent)
         if (done := run.record(folder)) is not None:
             return done
         epochs = check(config, data, plan)
@@ -108,16 +160,39 @@ def pretrain(
         with loop.Clock(folder) as clock:
             with clock.doing("start"):
                 state = begin(jax.random.key(config.seed), optim.hyper(config.optim, config.steps))
+                if config.parent:
+                    state = branched(config, state, trunk)
             state, finite = loop.train(folder, state, chunk, batch_at, config.steps, config.batch,
-                                       plan, mesh, clock, event)
+                                       plan, mesh, clock, event, config.branches)
             with clock.doing("evaluate"):
-                scored = heldout(model, state.params, data)._asdict() if finite else None
-        return run.finish(folder, config, "pretrain", "ok" if finite else "diverged", parent=None,
+                scored = (heldout(model, state.params, data)._asdict()
+                          if finite and config.kind != "trunk" else None)
+        return run.finish(folder, config, config.kind, "ok" if finite else "diverged",
+                          parent=to_json(config.parent) if config.parent else None,
                           tokenizer_id=data.tokenizer_id, data_id=data.id,
                           eval_id=eval_id(data, model.T), seed=config.seed, params=counts(model),
                           tokens=config.tokens, epochs=epochs, loss=scored,
-                          flops={"exact": config.flops, "six_nd": six_nd(
+                          flops={"exact": config.flops, "spent": config.spent, "six_nd": six_nd(
                               sum(counts(model)[k] for k in ("head", "blocks")), config.tokens)})
+
+
+def branched(config: PretrainConfig, like: step.State, trunk: Path | None) -> step.State:
+    """Give the state in which a branch leaves its trunk, its own schedule in place."""
+    if trunk is None or not (trunk / "config.json").exists():
+        raise BadInput(f"this branch's trunk {config.parent.id} is not there; train that first")
+    kept = files.read_json(trunk / "config.json")
+    theirs = from_json(PretrainConfig, kept["config"], str(trunk))
+    if identity(theirs) != config.parent.id or theirs.unbranched != config.unbranched:
+        raise BadInput(f"{trunk} is run {identity(theirs)}, of other settings than the trunk "
+                       f"{config.parent.id} of this branch; give the folder of that trunk")
+    if (kept["code_id"], kept["versions"]) != (run.code_id(), machine.versions()):
+        raise BadInput(f"{trunk} was trained by other code or versions than are here; go on with "
+                       "those, or choose a new folder")
+    place = checkpoint.at(trunk / "checkpoints", config.parent.step)
+    if not place.exists():
+        raise BadInput(f"{trunk} kept no checkpoint at step {config.parent.step} (did it diverge?)"
+                       "; if not, delete its folder and train it again")
+    return checkpoint.restore(place, like)[0]._replace(hyper=like.hyper)
 
 
 def counts(model: ModelConfig) -> dict[str, int]:

@@ -109,4 +109,5 @@ def best_params(fitted: dict[str, Any], flops: float) -> float:
 
 def name(config: PretrainConfig) -> str:
     """Name a run for its folder: width, compute, and enough of its id to be unique."""
-    return f"D{config.model.D}-{config.flops:.1e}-{identity(config)[:8]}".replace("+", "")
+    kind = "" if config.kind == "pretrain" else f"-{config.kind}"
+    return f"D{config.model.D}-{config.flops:.1e}{kind}-{identity(config)[:8]}".replace("+", "")

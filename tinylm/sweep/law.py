@@ -20,7 +20,7 @@ is .010 to .018 at 1e11 to 1e12 FLOPs on the default corpus)"""
 
 def runs_of(records: list[Record]) -> tuple[Runs, list[str], str]:
     """Give (runs, ids, eval_id) of the finished records; losses of two evaluations are refused."""
-    kept = [r for r in records if r["status"] == "ok"]
+    kept = finished(records)
     if not kept:
         raise BadInput(f"none of {len(records)} runs finished; run the sweep again")
     evals = sorted({r["eval_id"] for r in kept})
@@ -32,10 +32,15 @@ def runs_of(records: list[Record]) -> tuple[Runs, list[str], str]:
     return Runs(*np.array(table, float).T), [r["id"] for r in kept], evals[0]
 
 
+def finished(records: list[Record]) -> list[Record]:
+    """Give those that ended with a loss; a trunk's schedule never does."""
+    return [r for r in records if r["status"] == "ok" and r["kind"] != "trunk"]
+
+
 def fit(records: list[Record]) -> dict[str, Any]:
     """Fit every law to a sweep's records; a law that the runs cannot identify says why."""
     runs, ids, eval_id = runs_of(records)
-    counts = [Parameters(**r["params"]) for r in records if r["status"] == "ok"]
+    counts = [Parameters(**r["params"]) for r in finished(records)]
     found = minima(runs)
     kept = [m for m in found if m.bracketed]
     flops, loss = [m.flops for m in kept], [m.loss for m in kept]

@@ -66,6 +66,8 @@ class Study:
     """steps of instruction tuning"""
     order: int = 5
     """longest n-gram table"""
+    trunks: bool = False
+    """runs of one shape share a trunk and decay from it (sweep/trunks.py)"""
     rate: float = 1e11
     """FLOP/s to expect of the whole machine, for --dry-run"""
 

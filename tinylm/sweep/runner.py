@@ -1,6 +1,7 @@
 """Run a list of configs over long-lived workers; finished runs are skipped, faults are rows.
 
 sweep.json (runs, plans, workers) is written before the first step; the same call goes on later.
+workers.jsonl has a row a call: how many workers, for how long.
 """
 
 import dataclasses
@@ -38,12 +39,13 @@ class Progress:
     @property
     def flops(self) -> float:
         """FLOPs done, in all."""
-        return sum(c.flops * self.steps[k] / c.steps for k, c in self.configs.items())
+        return sum(c.spent * max(0, self.steps[k] - c.first) / (c.steps - c.first)
+                   for k, c in self.configs.items())
 
     @property
     def total(self) -> float:
         """FLOPs asked for."""
-        return sum(c.flops for c in self.configs.values())
+        return sum(c.spent for c in self.configs.values())
 
     @property
     def seconds_left(self) -> float | None:
@@ -61,10 +63,12 @@ def sweep(
 ) -> list[dict[str, Any]]:
     """Train every config in `folder`, longest first; return the records, failed runs left out.
 
+    Trunks are trained before their branches and have records, but are not returned.
+
     Raises Stopped when a signal stopped the workers; nothing is lost.
     """
     folder, wanted = Path(folder), {}
-    for config in sorted(runs, key=lambda c: -c.flops):
+    for config in sorted(runs, key=lambda c: -c.spent):
         wanted[name(config)] = config
     with files.lease(folder):
         listed = _settle(folder, wanted)
@@ -77,7 +81,7 @@ def sweep(
         if held:
             raise files.Owned(f"{len(held)} runs of {folder} ({held[0]}, ...) are held by another "
                               "process; run again when it has ended")
-    return run.table(folder / n for n in wanted)
+    return run.table(folder / n for n, c in wanted.items() if c.kind != "trunk")
 
 
 def _settle(folder: Path, wanted: dict[str, PretrainConfig]) -> dict[str, Any]:
@@ -85,7 +89,8 @@ def _settle(folder: Path, wanted: dict[str, PretrainConfig]) -> dict[str, Any]:
     place = folder / "sweep.json"
     if place.exists():
         listed = files.read_json(place)
-        if listed["runs"] != json.loads(json.dumps(runs)):
+        if {n: configs.from_json(PretrainConfig, c, n) for n, c in listed["runs"].items()
+                } != wanted:
             raise BadInput(f"{folder} holds another list of runs; go on with the same settings "
                            "or choose a new folder")
         return listed
@@ -108,7 +113,9 @@ def _so_far(folder, wanted):
 
 def _supervise(folder, data_folder, workers, progress, watch):
     news: queue.Queue = queue.Queue()
-    alive = {i: _start(folder, data_folder, i, [], news) for i in range(workers)}
+    for n in progress.configs:
+        (folder / n / "failure.json").unlink(missing_ok=True)
+    alive = {i: _start(folder, data_folder, i, news) for i in range(workers)}
     holds: dict[int, str] = {}
     deaths: dict[str, int] = {}
     stopping = False
@@ -126,25 +133,28 @@ def _supervise(folder, data_folder, workers, progress, watch):
             if code not in (0, 75):
                 lost = holds.get(index, "")
                 deaths[lost] = deaths.get(lost, 0) + 1
-                skip = [n for n, count in deaths.items() if count > 1]
-                if lost in skip:
+                if lost and deaths[lost] > 1:
                     progress.status[lost] = "failed"
-                    run.fail(folder / lost, progress.configs[lost], "pretrain",
+                    config = progress.configs[lost]
+                    run.fail(folder / lost, config, config.kind,
                              f"its worker died twice (last exit {code})")
                 if deaths.get("", 0) < 2 and not stopping:
-                    alive[index] = _start(folder, data_folder, index, skip, news)
+                    alive[index] = _start(folder, data_folder, index, news)
     except KeyboardInterrupt:
         stopping = True
     finally:
         _stop(alive)
         watch(progress)
+        wall = round(time.monotonic() - progress.began, 3)
+        files.append_lines(folder / "workers.jsonl",
+                           [json.dumps({"workers": workers, "wall_seconds": wall})])
     if stopping:
         raise run.Stopped("the sweep was stopped; the same command goes on")
 
 
-def _start(folder, data_folder, index, skip, news):
+def _start(folder, data_folder, index, news):
     command = [sys.executable, "-m", "tinylm.sweep.worker", str(folder), str(data_folder),
-               str(index), *skip]
+               str(index)]
     log = files.open_log(folder / f"worker-{index}.log")
     worker = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True,
                               env={**os.environ, "PYTHONUNBUFFERED": "1"})

@@ -1,7 +1,8 @@
 """One worker of a sweep: take the next run that nobody holds, train it, say how it goes.
 
-Started as `python -m tinylm.sweep.worker FOLDER DATA INDEX [SKIP ...]`; it prints one JSON object
-a line on stdout. Any number may run over one folder: a run belongs to whoever holds its lease.
+Started as `python -m tinylm.sweep.worker FOLDER DATA INDEX`; it prints one JSON object a line on
+stdout. Any number may run over one folder: a run belongs to whoever holds its lease. A run with a
+failure.json is over until the sweep is called again.
 """
 
 import contextlib
@@ -12,70 +13,110 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tinylm import files, machine
-from tinylm.config import BadInput, from_json
+from tinylm.config import BadInput, from_json, identity
 
-PATIENCE = 10
+PATIENCE = 10.0
 """seconds to wait for runs that others hold and do not finish"""
+FEW = 4
+"""shapes a worker under which a shape belongs to nobody"""
+PAUSE = 0.2
+"""seconds between two looks for something to do"""
 
 
 def main(argv: list[str]) -> int:
     """Work until every run is finished, failed or held by another worker."""
-    folder, data_folder, index, skip = Path(argv[0]), Path(argv[1]), int(argv[2]), argv[3:]
+    folder, data_folder, index = Path(argv[0]), Path(argv[1]), int(argv[2])
     listed = files.read_json(folder / "sweep.json")
     available = machine.cores()
     mine = (available[index % len(available)],) if listed["workers"] > 1 else ()
     machine.pin(max(p["devices"] for p in listed["plans"].values()), mine)
-    return _work(folder, data_folder, listed, skip)
+    return _work(folder, data_folder, listed, index)
 
 
-def _work(folder: Path, data_folder: Path, listed: dict[str, Any], skip: list[str]) -> int:
+def share(runs: dict[str, Any], workers: int, index: int) -> list[str]:
+    """Order the names of a sweep's runs for one worker: its own shapes, then those of the others.
+
+    Runs of one shape share a compiled program, so a shape has one worker: the shapes are dealt out
+    from the longest, each to who has least to do. Own runs and those of others go longest first.
+    Where shapes are few, whole ones do not balance (3% more time with 17 over 8 workers, LOG.md):
+    then all runs are everybody's.
+    """
+    shapes: dict[Any, list[str]] = {}
+    for name, c in runs.items():
+        shapes.setdefault((c.model, c.optim.program, c.batch), []).append(name)
+    cost = {name: c.spent for name, c in runs.items()}
+    if len(shapes) < FEW * workers:
+        return sorted(runs, key=lambda n: -cost[n])
+    dealt: list[list[str]] = [[] for _ in range(workers)]
+    for names in sorted(shapes.values(), key=lambda names: -sum(cost[n] for n in names)):
+        min(dealt, key=lambda have: sum(cost[n] for n in have)).extend(names)
+    return sorted(runs, key=lambda n: (n not in dealt[index], -cost[n]))
+
+
+def _work(folder: Path, data_folder: Path, listed: dict[str, Any], index: int) -> int:
     from tinylm.stages.pretrain import PretrainConfig
     from tinylm.text.shards import open_dataset
-    from tinylm.train import run
+    from tinylm.train import checkpoint, run
 
     threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
-    data, runs = open_dataset(data_folder), listed["runs"]
-    owned, patience = list(runs), PATIENCE
-    while owned and patience:
-        for name in owned:
-            if name not in skip and run.record(folder / name) is None:
-                code = _one(folder / name, from_json(PretrainConfig, runs[name], name), data,
-                            from_json(machine.Plan, listed["plans"][name], name))
-                if code:
-                    return code
-        left = [n for n in owned if n not in skip and run.record(folder / n) is None
-                and not (folder / n / "failure.json").exists()]
-        patience = patience - 1 if len(left) == len(owned) else PATIENCE
-        owned = left
-        time.sleep(1 if owned else 0)
+    data = open_dataset(data_folder)
+    runs = {n: from_json(PretrainConfig, c, n) for n, c in listed["runs"].items()}
+    plans = {n: from_json(machine.Plan, p, n) for n, p in listed["plans"].items()}
+    trunks = {identity(c): folder / n for n, c in runs.items()}
+
+    def over(n: str) -> bool:
+        return run.record(folder / n) is not None or (folder / n / "failure.json").exists()
+
+    def ready(n: str) -> bool:
+        parent = runs[n].parent
+        trunk = parent and trunks.get(parent.id)
+        return (trunk is None or over(trunk.name)
+                or checkpoint.at(trunk / "checkpoints", parent.step).exists())
+
+    order, idle_since = share(runs, listed["workers"], index), time.monotonic()
+    while time.monotonic() < idle_since + PATIENCE:
+        left = [n for n in order if not over(n)]
+        if not left:
+            break
+        ways = (_one(folder / n, runs[n], data, plans[n],
+                     runs[n].parent and trunks.get(runs[n].parent.id)) for n in left if ready(n))
+        way = next((w for w in ways if w != "held"), "held")
+        if way == "stopped":
+            return 75
+        if way == "held":
+            time.sleep(PAUSE)
+        if way != "held" or left != order or not all(map(ready, left)):
+            idle_since = time.monotonic()
+        order = left
     return 0
 
 
-def _one(place: Path, config: Any, data: Any, plan: machine.Plan) -> int:
-    """Train one run unless another holds it; return 75 if a signal stopped it, else 0."""
+def _one(place: Path, config: Any, data: Any, plan: machine.Plan,
+         trunk: Path | None) -> Literal["ended", "held", "stopped"]:
+    """Train one run unless another holds it; say how that ended."""
     from tinylm.stages.pretrain import pretrain
     from tinylm.train import run
 
     name = place.name
     try:
-        (place / "failure.json").unlink(missing_ok=True)
         say(begin=name)
         record = pretrain(place, config, data, plan, lambda step, loss: say(
-            run=name, step=step, loss=loss if loss == loss else None))
+            run=name, step=step, loss=loss if loss == loss else None), trunk)
         say(done=name, status=record["status"])
     except files.Owned:
         say(owned=name)
+        return "held"
     except run.Stopped as stop:
         say(stopped=name, reason=str(stop))
-        return 75
+        return "stopped"
     except (BadInput, RuntimeError, MemoryError, OSError, ValueError) as fault:
         reason = f"{type(fault).__name__}: {fault}".splitlines()[0]
-        run.fail(place, config, "pretrain", reason)
+        run.fail(place, config, config.kind, reason)
         say(failed=name, reason=reason)
-    return 0
+    return "ended"
 
 
 def say(**news: object) -> None:

@@ -18,7 +18,7 @@ from tinylm.train.step import State
 def save(folder: Path, state: State, **facts: Any) -> Path:
     """Write folder/step-N whole (params and the rest apart), verified at every load."""
     step = int(state.step)
-    place = Path(folder).absolute() / f"step-{step:08d}"
+    place = at(folder, step)
     rest = {"opt": state.opt, "hyper": state.hyper, "step": state.step}
     try:
         with files.staged(place, step=step, **facts) as draft, ocp.StandardCheckpointer() as writer:
@@ -37,9 +37,14 @@ def steps(folder: Path) -> list[Path]:
     return sorted(Path(folder).glob("step-*"))
 
 
-def keep_last(folder: Path, count: int) -> None:
-    """Delete all but the newest `count` checkpoints."""
-    for old in steps(folder)[:-count]:
+def at(folder: Path, step: int) -> Path:
+    """Give the place of a folder's checkpoint of one step."""
+    return Path(folder).absolute() / f"step-{step:08d}"
+
+
+def keep_last(folder: Path, count: int, spared: tuple[int, ...] = ()) -> None:
+    """Delete all but the newest `count` checkpoints and those of the `spared` steps."""
+    for old in set(steps(folder)[:-count]) - {Path(folder) / at(folder, s).name for s in spared}:
         shutil.rmtree(old)
 
 

@@ -4,6 +4,7 @@ What a stage is comes in as functions; the loop knows only states, batches and i
 """
 
 import contextlib
+import functools
 import json
 import signal
 import sys
@@ -37,9 +38,11 @@ def train(
     mesh: jax.sharding.Mesh,
     clock: "Clock",
     event: Event | None = None,
+    kept: tuple[int, ...] = (),
 ) -> tuple[State, bool]:
     """Run to `steps` from the newest checkpoint or `state`; return the state and if it is finite.
 
+    The checkpoints of the `kept` steps stay, for runs that branch off there.
     Metrics rows, checkpoints and parameters are the same however often the run was killed.
     Raises Stopped after a signal, once the state is saved.
     """
@@ -68,16 +71,15 @@ def train(
         nonlocal saved
         with clock.doing("save"):
             checkpoint.save(saves, state, metrics_bytes=size, metrics_sha256=files.sha256(log))
-            checkpoint.keep_last(saves, 2)
+            checkpoint.keep_last(saves, 2, kept)
         saved = done
 
     with _signals() as stop:
         while done < steps and finite:
-            n = min(plan.chunk, steps - done)
+            n = min(plan.chunk, *(k - done for k in (*kept, steps) if k > done))
             with clock.doing("input"):
                 batches = place(mesh, _stack([batch_at(done + i) for i in range(n)], plan.chunk))
-            with clock.doing("start" if done == clock.first_step else "compute"):
-                state, metrics = chunk(state, batches, n)
+            state, metrics = chunk(state, batches, n)
             finite = settle()
             pending, done = (done, n, metrics), done + n
             clock.last_step = done
@@ -85,45 +87,66 @@ def train(
                 finite = settle() and finite
                 save()
                 raise Stopped(f"stopped at step {done} of {steps}; the same command goes on")
-            if done < steps and done - saved >= plan.checkpoint_every:
+            if done < steps and (done in kept or done - saved >= plan.checkpoint_every):
                 finite = settle() and finite
                 if finite:
                     save()
         finite = settle() and finite
         if finite and saved < steps:
             save()
-        checkpoint.keep_last(saves, 1)
+        checkpoint.keep_last(saves, 1, kept)
     return state, finite
 
 
 class Clock:
     """One row of timing.jsonl: where the wall time of a process that worked on a run went.
 
-    Seconds of start (restore, initialise, compile), input, save and evaluate; the rest of the
-    wall time was computing.
+    Seconds of compile (tracing, lowering and loading from the cache too), start (initialise,
+    restore), input, save and evaluate; the rest of the wall time was computing.
     """
 
     def __init__(self, folder: Path):
         self.path, self.began = Path(folder) / "timing.jsonl", time.perf_counter()
-        self.spent = {"start": 0.0, "input": 0.0, "compute": 0.0, "save": 0.0, "evaluate": 0.0}
+        self.spent = {"start": 0.0, "input": 0.0, "save": 0.0, "evaluate": 0.0}
+        self.compiling = _compiling()
         self.first_step = self.last_step = 0
 
     @contextlib.contextmanager
     def doing(self, what: str) -> Iterator[None]:
-        """Count the time inside as spent on one of those."""
+        """Count the time inside, but for what was compiled meanwhile, as spent on one of those."""
         began = time.perf_counter()
         yield
-        self.spent[what] += time.perf_counter() - began
+        self.spent[what] += time.perf_counter() - began - self._compiled(began)
 
     def __enter__(self) -> "Clock":
         return self
 
     def __exit__(self, *fault: Any) -> None:
         wall = time.perf_counter() - self.began
-        self.spent["compute"] = wall - sum(v for k, v in self.spent.items() if k != "compute")
-        row = {f"{k}_seconds": round(v, 3) for k, v in {**self.spent, "wall": wall}.items()}
+        spent = {"compile": self._compiled(self.began), **self.spent}
+        spent |= {"compute": wall - sum(spent.values()), "wall": wall}
+        row = {f"{k}_seconds": round(v, 3) for k, v in spent.items()}
         files.append_lines(self.path, [json.dumps({
             "first_step": self.first_step, "last_step": self.last_step, **row})])
+
+    def _compiled(self, since: float) -> float:
+        return sum(end - began for began, end in self.compiling if began >= since)
+
+
+@functools.cache
+def _compiling() -> list[tuple[float, float]]:
+    """Keep a list of the spans of time in which this process traces, lowers or compiles."""
+    spans: list[tuple[float, float]] = []
+
+    def note(event: str, seconds: float, **facts: Any) -> None:
+        if event.startswith("/jax/core/compile/"):
+            end = time.perf_counter()
+            while spans and spans[-1][0] >= end - seconds:  # what lies inside counts once
+                spans.pop()
+            spans.append((end - seconds, end))
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    return spans
 
 
 def _row(metrics: Metrics, first: int, n: int, tokens_a_step: int) -> dict[str, Any]:

@@ -47,6 +47,8 @@ class OptimConfig:
     """weight of the squared log-normaliser"""
     warmup: float = 0.1
     """share of the steps over which the rate rises from 0"""
+    warmup_steps: int = 0
+    """steps over which it rises, in place of a share; 0: the share"""
     decay: float = 0.3
     """share of the steps, at the end, over which the rate falls to 0"""
 
@@ -56,11 +58,13 @@ class OptimConfig:
                            ("weight_decay", 1e6), ("z_loss", 1e6)):
             require(name, getattr(self, name), 0, high)
         require("clip", self.clip, 1e-9, 1e30)
+        require("warmup_steps", self.warmup_steps, 0, 1e9)
 
     @property
     def program(self) -> "OptimConfig":
         """What the compiled program depends on: this config without what Hyper holds."""
-        return dataclasses.replace(self, lr=1.0, weight_decay=0.0, warmup=0.0, decay=0.0)
+        return dataclasses.replace(self, lr=1.0, weight_decay=0.0, warmup=0.0, warmup_steps=0,
+                                   decay=0.0)
 
 
 class Hyper(NamedTuple):
@@ -75,8 +79,8 @@ class Hyper(NamedTuple):
 
 def hyper(config: OptimConfig, steps: int) -> Hyper:
     """Turn the config's shares into steps, as arrays."""
-    values = (config.lr, config.weight_decay, max(1.0, config.warmup * steps),
-              max(1.0, config.decay * steps), steps)
+    up = config.warmup_steps or max(1.0, config.warmup * steps)
+    values = (config.lr, config.weight_decay, up, max(1.0, config.decay * steps), steps)
     return Hyper(*(jnp.asarray(v, jnp.float32) for v in values))
 
 

@@ -43,7 +43,9 @@ def settle(folder: Path, config: Any, kind: str, plan: machine.Plan, text: Path)
     place = folder / "config.json"
     if place.exists():
         finished = (folder / "record.json").exists()
-        _same(place, files.read_json(place), mine, ("kind", "config") if finished else
+        begun = files.read_json(place)  # before some fields were there, perhaps
+        begun["config"] = configs.to_json(configs.from_json(type(config), begun["config"]))
+        _same(place, begun, mine, ("kind", "config") if finished else
               ("kind", "config", "versions", "code_id"))
         return configs.from_json(machine.Plan, files.read_json(folder / "plan.json"), "plan.json")
     files.write_json(folder / "plan.json", asdict(plan))

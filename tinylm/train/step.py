@@ -44,16 +44,18 @@ def make_step(loss: Loss, tx: optax.GradientTransformationExtraArgs, mesh: jax.s
     change what is computed (only the order of the additions).
     """
 
+    one = jax.jit(jax.value_and_grad(loss, has_aux=True))  # jitted: traced once for both its uses
+
     def gradients(params: Params, batch: Any) -> tuple[Params, Metrics]:
         groups = jax.tree.map(lambda a: a.reshape(-1, micro, *a.shape[1:]), batch)
 
         def add(total, group):
-            (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(params, group)
+            (_, sums), grads = one(params, group)
             return jax.tree.map(jnp.add, total, (grads, sums)), None
 
         first = jax.tree.map(lambda a: a[0], groups)
-        shapes = jax.eval_shape(lambda p, g: jax.grad(loss, has_aux=True)(p, g), params, first)
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        (_, sums), grads = jax.eval_shape(one, params, first)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (grads, sums))
         total, _ = jax.lax.scan(add, zeros, groups)
         return jax.lax.psum(total, "data")
 

@@ -15,10 +15,12 @@ NOTES = ("config.json", "plan.json", "record.json", "failure.json", "environment
 """the files that a run, a sweep and a study leave outside sealed folders"""
 
 
-def bench(what: Positional[Literal["machine", "train", "decode"]],
+def bench(what: Positional[Literal["machine", "train", "decode", "sweep"]],
           shapes: tuple[str, ...] = ("s", "m", "l", "xl"), models: int = 1, rounds: int = 5,
-          compute: Literal["f32", "bf16"] = "f32", json: bool = False) -> None:
-    """Time this machine's matrix products, training or decoding.
+          compute: Literal["f32", "bf16"] = "f32",
+          preset: Literal["smoke", "laptop", "overnight", "accelerator"] = "laptop",
+          scale: float = 0.02, corpus: tuple[str, ...] = (), json: bool = False) -> None:
+    """Time this machine's matrix products, training, decoding or a whole sweep.
 
     Args:
         what: machine is the ceiling that the others are held against
@@ -26,6 +28,9 @@ def bench(what: Positional[Literal["machine", "train", "decode"]],
         models: for train: 1 model over all devices, or so many pinned processes with one each
         rounds: the median is over these, taken in turn
         compute: for train and decode: the type of the products' operands
+        preset: for sweep: the study whose grid is trained, with a cold and then a warm cache
+        scale: for sweep: the share of each run's steps that is trained
+        corpus: for sweep: text files; none: the default corpus
         json: print the record on the last line
     """
     from tinylm import bench as timed
@@ -37,7 +42,9 @@ def bench(what: Positional[Literal["machine", "train", "decode"]],
             found = timed.train(shapes, models, rounds, compute=compute)
         case "decode":
             found = timed.generation(shapes, rounds=rounds, compute=compute)
-    progress.answer(found, json, progress.benched(found))
+        case "sweep":
+            found = timed.sweep(preset, scale, corpus)
+    progress.answer(found, json, (progress.swept if what == "sweep" else progress.benched)(found))
 
 
 def report(study: Positional[Path]) -> None:

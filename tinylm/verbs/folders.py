@@ -36,7 +36,7 @@ def plan_of(out: Path, rows: int, model: "ModelConfig", devices: int = 0) -> mac
 
 def records(folder: Path) -> list[dict[str, Any]]:
     found = run.table(sorted(p.parent for p in folder.rglob("record.json")))
-    found = [r for r in found if r["kind"] == "pretrain"]
+    found = [r for r in found if r["kind"] in ("pretrain", "branch")]
     if not found:
         raise BadInput(f"{folder} holds no finished runs; give the folder of a sweep")
     return found

@@ -14,6 +14,7 @@ from tinylm.stages import pretrain
 from tinylm.stages import sft as tuning
 from tinylm.sweep import cells, runner
 from tinylm.sweep.presets import RateRule
+from tinylm.sweep.trunks import saved, shared
 from tinylm.text import corpora, prepare
 from tinylm.text.chat import pack, read_jsonl, render
 from tinylm.train.optim import OptimConfig
@@ -84,7 +85,8 @@ def sweep(out: Path, budgets: tuple[float, ...], widths: tuple[int, ...],
           corpus: tuple[str, ...] = (), field: str = "text", text: Path | None = None,
           model: ModelConfig = ModelConfig(), optim: OptimConfig = OptimConfig(),  # noqa: B008
           rule: RateRule = RateRule(), per_budget: int = 7, spread: float = 4.0,  # noqa: B008
-          batch: int = 512, seed: int = 0, dry_run: bool = False, json: bool = False) -> None:
+          batch: int = 512, seed: int = 0, trunks: bool = False, dry_run: bool = False,
+          json: bool = False) -> None:
     """Train an isoFLOP grid: for each budget the widths around its expected best size.
 
     Args:
@@ -101,6 +103,7 @@ def sweep(out: Path, budgets: tuple[float, ...], widths: tuple[int, ...],
         spread: sizes lie within this factor of the expected best
         batch: tokens a step
         seed: of every run
+        trunks: runs of one width share warmup and stable phase, at one rate
         dry_run: print every run with its cost and stop
         json: print the records on the last line
     """
@@ -108,6 +111,7 @@ def sweep(out: Path, budgets: tuple[float, ...], widths: tuple[int, ...],
     models = cells.ladder(model, widths)
     chosen = cells.grid(models, budgets, per_budget, spread, batch)
     runs = [cells.config(c, models, optim, rule, batch, data.id, seed) for c in chosen]
+    wanted, runs = len(runs), shared(runs, rule) if trunks else runs
     if dry_run:
         progress.say(progress.listing({"sweep": runs}, data, 1e11))
         return
@@ -115,9 +119,10 @@ def sweep(out: Path, budgets: tuple[float, ...], widths: tuple[int, ...],
         pretrain.check(one, data, machine.Plan())
     with progress.live("sweep") as watch:
         records = runner.sweep(out / "runs", runs, data.folder, watch)
-    failed = len(runs) - sum(r["status"] == "ok" for r in records)
-    progress.answer({"runs": records, "failed": failed}, json,
-                    f"{len(runs) - failed} runs ok, {failed} not")
+    failed = wanted - sum(r["status"] == "ok" for r in records)
+    progress.answer({"runs": records, "failed": failed, "saved_share": saved(runs)}, json,
+                    f"{wanted - failed} runs ok, {failed} not" + (
+                        f"; trunks saved {saved(runs):.1%} of the FLOPs" if trunks else ""))
     if failed:
         raise SystemExit(1)
 

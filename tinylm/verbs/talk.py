@@ -47,7 +47,7 @@ def chat(target: Positional[Path], prompt: str = "", system: str = "", seed: int
         text: the prepared folder of the run, where it has moved
     """
     config, _, learnt = folders.opened(target, text)
-    tuned = folders.finished(target)["kind"] != "pretrain"
+    tuned = folders.finished(target)["kind"] == "sft"
     said: list[tuple[str, str]] = []
     for message in [prompt] if prompt else _typed():
         said.append(("user", message))
