@@ -11,8 +11,8 @@ Expected: the blend errs less than the geometric mean of three laws, and than ea
           thirds of the studies; 90% intervals hold 90%, and score 25% better than the bootstrap
           of the Chinchilla surface and the t-interval of the frontier.
 Result:   mean |error| .41% (three laws .71%); better than each law on 4 to 7 of 7 studies, so not
-          always on two thirds; held 97% (91-100% by study); interval score 2.81% against 27.90 and
-          9.00. How the rule frozen in ba938af did before it was changed: experiments/LOG.md.
+          always on two thirds; held 97% on average over studies (75-100%); interval score 2.81%
+          against 27.90 and 9.00. How the rule frozen in ba938af did before: experiments/LOG.md.
 """
 
 import argparse

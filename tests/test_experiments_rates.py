@@ -15,8 +15,10 @@ TOYS = {
                     "--results"),
     "optimisers": ("--widths", "8", "--seeds", "1", "--steps", "20", "--V", "128", "--results"),
     "trunks": ("--widths", "8", "--flops", "2e8", "3e8", "--V", "128", "--csv"),
+    "bf16_loss": ("--shapes", "--widths", "8", "--seeds", "2", "--steps", "20", "--results"),
 }
-ROWS = {"rate_rule": 2, "vocab_size": 2, "lr_by_width": 10, "optimisers": 11, "trunks": 4}
+ROWS = {"rate_rule": 2, "vocab_size": 2, "lr_by_width": 10, "optimisers": 11, "trunks": 4,
+        "bf16_loss": 4}
 
 
 @pytest.mark.parametrize("name", TOYS)

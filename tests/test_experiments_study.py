@@ -32,14 +32,14 @@ def finished(tmp_path_factory):
         json.dumps({"text": story(n, 80)}) + "\n" for n in range(40, 60)).encode()))
     args = ("--preset", "smoke", "--corpus", text, more, "--out", folder / "smoke")
     with started(*args) as first:
-        until = time.monotonic() + 300
+        until = time.monotonic() + 900
         while not (records := list((folder / "smoke/sweep").glob("*/record.json"))):
             assert first.poll() is None and time.monotonic() < until, first.communicate()[1][-3000:]
             time.sleep(0.1)
         first.kill()
     before = {path: path.read_bytes() for path in records}
     with started(*args) as second:
-        said = second.communicate(timeout=400)[1]
+        said = second.communicate(timeout=900)[1]
     assert second.returncode == 0, said[-3000:]
     return folder, args, said, before
 

@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import runpy
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import jax
 import jax.numpy as jnp
@@ -83,7 +85,7 @@ def test_a_diverged_rate_is_left_out_of_its_curve(tmp_path):
          "best": 2e-3, "at_edge": False}]})
     figure = plots.rates(Study(tmp_path))
     np.testing.assert_allclose(labelled(figure, "width 8, 9 steps").get_ydata(), [0.1, 0])
-    assert "inside the range at 1 of 1" in figure.axes[0].get_title("left")
+    assert "1 sizes, 0 by more than a seed" in figure.axes[0].get_title("left")
 
 
 def test_tokens_that_look_like_markup_or_formulas_are_drawn_as_they_are():
@@ -160,3 +162,13 @@ def test_without_the_notebooks_extra_the_reason_is_said(tmp_path, monkeypatch, c
     assert notebook.execute(SOURCE, tmp_path) is None
     said = capsys.readouterr().err
     assert "jupytext is not installed" in said and "'tinylm[notebooks]'" in said
+
+
+def test_the_readmes_figure_is_drawn_from_the_records_beside_it():
+    place = ROOT / "experiments/results/laptop"
+    kept = (place / "loss_axis.svg").read_text()
+    assert ElementTree.fromstring(kept).tag == "{http://www.w3.org/2000/svg}svg"
+    drawn, number = plots.standalone(plots.loss_axis(Study(place))), re.compile(r"\d+\.\d+")
+    assert number.sub("", drawn) == number.sub("", kept)
+    np.testing.assert_allclose([float(n) for n in number.findall(drawn)],
+                               [float(n) for n in number.findall(kept)], atol=0.5)

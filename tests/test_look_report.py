@@ -214,7 +214,7 @@ def test_warnings_come_first_and_name_what_is_wrong(study):
     for words in ("at width 8", "add smaller models", "run10 ended as diverged", "2.50 times",
                   "2 versions of the code", "lost failed: out of memory"):
         assert words in warned
-    assert "lies inside the range at 0 of 1 sizes" in page and "refused minima: 1 (hollow)" in page
+    assert "1 of 1 sizes, 1 by more than a seed" in page and "refused minima: 1 (hollow)" in page
 
 
 def test_the_report_says_where_the_time_went(study):

@@ -29,7 +29,7 @@ def side_by_side(model: ModelConfig, base: Params, chat: Params,
 
     The base model continues the prompt as plain text; the chat model gets the template.
     """
-    plain = [np.concatenate([[BOS], tokenizer.encode(p + "\n")]) for p in PROMPTS]
+    plain = [np.concatenate([[BOS], tokenizer.encode(p)]) for p in PROMPTS]
     asked = [render([("user", p)], tokenizer, prompt=True)[0] for p in PROMPTS]
     out: list[dict[str, Any]] = []
     for name, params, prompts in (("base", base, plain), ("chat", chat, asked)):

@@ -1,1 +1,1 @@
-"""Floor 6: what a person sees: progress, tables, plots and the report. Redrawn from records."""
+"""Floor 7: what a person sees: progress, tables, plots and the report. Redrawn from records."""

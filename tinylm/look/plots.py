@@ -86,6 +86,7 @@ def frontier(study: Study) -> Figure:
     _minima(ax, study, 1.0)
     x = np.geomspace(min(m["flops"] for m in study.part("law.json")["minima"]),
                      f.target_flops * 1.5, 200)
+    ax.fill_between(x, *_band(study, x), color=BLUE, alpha=0.15, lw=0)
     for name, line in study.frontiers().items():
         ax.plot(x, line.loss(x), LAWS[name][1], color=LAWS[name][0], label=name)
     ax.errorbar(f.target_flops, f.predicted, [[f.predicted - f.low], [f.high - f.predicted]],
@@ -109,9 +110,10 @@ def rates(study: Study) -> Figure:
         r, x = np.array(kept).T if kept else np.zeros((2, 0))
         ax.plot(r, x - min(x, default=0), "o-", color=(BLUE, ORANGE, GREEN, PURPLE, RED)[n % 5],
                 label=f"width {v['width']}, {v['steps']} steps")
+    ends = sum(v["best"] in (min(v["rates"]), max(v["rates"])) for v in verdicts)
     edge = sum(v["at_edge"] for v in verdicts)
-    return _done(ax, f"The best rate lies inside the range at {len(verdicts) - edge} of "
-                     f"{len(verdicts)} sizes")
+    return _done(ax, f"Best at an edge of the rates: {ends} of {len(verdicts)} sizes, {edge} by "
+                     "more than a seed")
 
 
 def attention(weights: np.ndarray, words: list[str], title: str) -> Figure:
@@ -130,10 +132,15 @@ def attention(weights: np.ndarray, words: list[str], title: str) -> Figure:
 
 def svg(figure: Figure) -> str:
     """Give a figure as inline SVG labelled by its title: no address, the same bytes each time."""
-    text, label = _saved(figure, "svg").decode(), html.escape(figure.axes[0].get_title("left"))
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text, label = standalone(figure), html.escape(figure.axes[0].get_title("left"))
     drawn = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text[text.index(" viewBox"):])
     return f'<svg role="img" aria-label="{label}"' + drawn.replace("xlink:href", "href")
+
+
+def standalone(figure: Figure) -> str:
+    """Give a figure as an SVG file, the same bytes each time."""
+    text = _saved(figure, "svg").decode()
+    return re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
 
 
 def png(figure: Figure) -> bytes:
@@ -163,6 +170,17 @@ def _minima(ax: Axes, study: Study, scale: float) -> None:
     ax.errorbar([m["flops"] for m in kept], [m["loss"] * scale for m in kept],
                 [m["loss_se"] * scale for m in kept], fmt="*", ms=11, color=BLACK,
                 label="isoFLOP minima")
+
+
+def _band(study: Study, flops: np.ndarray) -> np.ndarray:
+    """Give the 5% and 95% quantiles of power laws through minima redrawn within their errors."""
+    kept = [m for m in study.part("law.json")["minima"] if m["bracketed"]]
+    if len(kept) < 2:
+        return np.full((2, len(flops)), np.nan)
+    loss, spread = np.array([(m["loss"], m["loss_se"]) for m in kept]).T
+    drawn = loss + spread * np.random.default_rng(0).normal(size=(1000, len(kept)))
+    lines = np.polyfit(np.log([m["flops"] for m in kept]), np.log(drawn).T, 1)
+    return np.exp(np.quantile(np.outer(np.log(flops), lines[0]) + lines[1], (0.05, 0.95), axis=1))
 
 
 def _done(ax: Axes, title: str) -> Figure:

@@ -69,7 +69,6 @@ def live(title: str) -> Iterator[Callable[["SweepProgress"], None]]:
                 console.print(_sweep_line(title, p))
 
         yield watch
-    # the finished table stays
 
 
 def _sweep_line(title: str, p: "SweepProgress") -> str:
@@ -146,7 +145,9 @@ def tuning(verdict: list[dict[str, Any]]) -> str:
     return "\n".join(
         f"rate check at D={v['width']}: best {v['best']:.2e} of "
         + ", ".join(f"{r:.2e}" for r in v["rates"])
-        + (" (AT AN EDGE: the rule may be off)" if v["at_edge"] else "") for v in verdict)
+        + (" (AT AN EDGE: the rule may be off)" if v["at_edge"] else
+           " (an edge, by less than seeds differ)"
+           if v["best"] in (min(v["rates"]), max(v["rates"])) else "") for v in verdict)
 
 
 def law(fitted: dict[str, Any]) -> str:

@@ -164,10 +164,10 @@ def frontier(study: Study) -> str:
         for name in ("frontier", "frontier_floor", "surface")]
     parts = ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in f["laws"].items())
     return page.figure(plots.svg(plots.frontier(study)), "The laws are drawn through the minima "
-                       "alone; the forecast joins those named below.") + table(
+                       "alone; the band is nine tenths of power laws through minima redrawn within "
+                       "their standard errors. The forecast joins the laws named below.") + table(
         ("law", "fitted numbers (nats per token)"), rows, "", "text") + p(
-        f"The forecast is the {f['rule']}: {parts}. Its interval is a guard drawn from past misses "
-        "and the laws' disagreement, not a calibrated 90%.")
+        f"The forecast is the {f['rule']}: {parts}. What its interval rests on is said at the top.")
 
 
 def samples(study: Study) -> str:

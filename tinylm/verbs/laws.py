@@ -60,10 +60,9 @@ def check(forecast: Positional[Path], target: Positional[Path],
     Args:
         forecast: the forecast file
         target: folder of the run that was trained with --forecast
-        ledger: a CSV to append the score to
+        ledger: the CSV to append the score to, once; none: forecasts.csv beside the forecast
         json: print the score on the last line
     """
     score = forecasts.check(forecast, folders.finished(target))
-    if ledger:
-        forecasts.append_to_ledger(ledger, score)
+    forecasts.append_to_ledger(ledger or forecast.with_name("forecasts.csv"), score)
     progress.answer(score._asdict(), json, progress.score(score))

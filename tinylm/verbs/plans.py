@@ -1,18 +1,21 @@
 """Verbs of what is not trained yet: forecast, plan."""
 
+import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from tyro.conf import Positional
 
-from tinylm.config import BadInput, from_json, require
+from tinylm.config import BadInput, from_json, require, to_json
 from tinylm.laws import accounting
 from tinylm.laws import forecast as forecasts
 from tinylm.laws import plan as planning
-from tinylm.laws.plan import cell
+from tinylm.laws.plan import Cell, cell
 from tinylm.look import progress
 from tinylm.model.decoder import ModelConfig
 from tinylm.sweep import cells, law
+from tinylm.train.optim import OptimConfig
 from tinylm.verbs import folders
 
 
@@ -40,10 +43,33 @@ def forecast(runs: Positional[Path], flops: float, out: Path, D: int = 0, batch:
     made = forecasts.make(table, ids, target.flops, target.params, target.tokens, eval_id,
                           warning=gate)
     sha = forecasts.write(out, made)
-    how = f"train it: tinylm train --model.D {best.D} --steps {target.steps} --forecast {out}"
+    flags = train_flags(runs, records, best, target, batch)
     told = {"sha256": sha, "D": best.D, "steps": target.steps, "predicted": made.predicted,
-            "low": made.low, "high": made.high, "coverage": made.coverage, "warning": made.warning}
-    progress.answer(told, json, f"{progress.forecast(made, sha)}\n{how}")
+            "low": made.low, "high": made.high, "coverage": made.coverage, "warning": made.warning,
+            "train": f"tinylm train --out RUN {flags} --forecast {shlex.quote(str(out))}"}
+    progress.answer(told, json, f"{progress.forecast(made, sha)}\ntrain it: {told['train']}")
+
+
+def train_flags(runs: Path, records: list[dict], model: ModelConfig, target: Cell,
+                batch: int) -> str:
+    """Give the flags by which `tinylm train` trains the target as the sweep trained its runs.
+
+    The rate continues the line, in logs, of the runs' rates over their tokens: the sweep's rule.
+    """
+    optim = from_json(OptimConfig, records[0]["config"]["optim"], "optim")
+    tokens, rates = np.log([(r["tokens"], r["config"]["optim"]["lr"]) for r in records]).T
+    rule = np.polyfit(tokens, rates, 1) if np.ptp(tokens) > 0 else [0.0, rates[0]]
+    rate = float(np.exp(np.polyval(rule, np.log(target.tokens))))
+    flags = {f"{kind}.{name}": value for kind, one, default in (
+        ("model", model, ModelConfig()), ("optim", replace(optim, lr=rate), OptimConfig()))
+        for name, value in to_json(one).items() if value != to_json(default)[name] or name == "D"}
+    flags |= {"batch": batch, "steps": target.steps}
+    text = ["--text", str(runs / "text")] if (runs / "text").exists() else []
+    told = [word for name, value in flags.items() for word in (
+        [f"--{name.partition('.')[0]}.{'' if value else 'no-'}{name.partition('.')[2]}"]
+        if isinstance(value, bool) else
+        [f"--{name}", f"{value:.6g}" if isinstance(value, float) else str(value)])]
+    return shlex.join([*text, *told])
 
 
 def plan(flops: float, device: str = "H200", dollars_per_hour: float = 0.0,

@@ -57,7 +57,7 @@ def train(out: Path, corpus: tuple[str, ...] = (), field: str = "text", text: Pa
         field: the text field of .jsonl and .parquet rows
         text: a prepared folder to use instead of a corpus
         model: the shape; D is the dial
-        optim: AdamW and its schedule
+        optim: the optimiser and its schedule
         steps: optimiser steps
         batch: tokens a step
         seed: of the parameters and the order of the data
@@ -97,7 +97,7 @@ def sweep(out: Path, budgets: tuple[float, ...], widths: tuple[int, ...],
         field: the text field of .jsonl and .parquet rows
         text: a prepared folder to use instead of a corpus
         model: what the ladder leaves as it is
-        optim: AdamW and its schedule; the rule sets its rate
+        optim: the optimiser and its schedule; the rule sets its rate
         rule: the learning rate by training tokens
         per_budget: sizes a budget
         spread: sizes lie within this factor of the expected best
@@ -140,7 +140,7 @@ def sft(parent: Positional[Path], out: Path, data: tuple[Path, ...] = (),
         corpus: text files to take conversations from where there is no data; none: the default
         field: the text field of .jsonl and .parquet rows
         text: the prepared folder of the parent, where it has moved
-        optim: AdamW and its schedule
+        optim: the optimiser and its schedule
         steps: optimiser steps
         rows: packed rows a step
         seed: of the order of the rows
@@ -154,6 +154,8 @@ def sft(parent: Positional[Path], out: Path, data: tuple[Path, ...] = (),
     with progress.bar("sft", steps) as event:
         record = tuning.sft(out, wanted, parent, *packed, tokens, plan, event)
     progress.answer(record, json, progress.result(record))
+    if record["status"] != "ok":
+        raise SystemExit(1)
 
 
 def evaluate(target: Positional[Path], text: Path | None = None, json: bool = False) -> None:

@@ -29,7 +29,7 @@ def sample(target: Positional[Path], prompt: str = "", count: int = 100, seed: i
     """
     config, _, learnt = folders.opened(target, text)
     ids = np.concatenate([[BOS], learnt.encode(prompt)])
-    _stream(target, config, learnt, ids, count, seed, temperature)
+    _stream(tuning.load_params(target, config), config, learnt, ids, count, seed, temperature)
 
 
 def chat(target: Positional[Path], prompt: str = "", system: str = "", seed: int = 0,
@@ -47,13 +47,14 @@ def chat(target: Positional[Path], prompt: str = "", system: str = "", seed: int
         text: the prepared folder of the run, where it has moved
     """
     config, _, learnt = folders.opened(target, text)
+    params = tuning.load_params(target, config)
     tuned = folders.finished(target)["kind"] == "sft"
     said: list[tuple[str, str]] = []
     for message in [prompt] if prompt else _typed():
         said.append(("user", message))
         ids, said = _prompt(said, system, learnt, config.T, tuned)
         try:
-            answer = _stream(target, config, learnt, ids, config.T, seed + len(said), temperature)
+            answer = _stream(params, config, learnt, ids, config.T, seed + len(said), temperature)
         except BadInput as refusal:
             if prompt:
                 raise
@@ -87,8 +88,7 @@ def _typed() -> Iterator[str]:
         yield line
 
 
-def _stream(folder, config, learnt, ids, count, seed, temperature) -> str:
-    params = tuning.load_params(folder, config)
+def _stream(params, config, learnt, ids, count, seed, temperature) -> str:
     made, shown = [], ""
     for part in generate.stream(config, params, ids, count, seed, temperature):
         made += part.tolist()
