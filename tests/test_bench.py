@@ -8,6 +8,7 @@ import pytest
 from tinylm import bench, machine
 from tinylm.config import BadInput
 from tinylm.laws.accounting import flops_per_token
+from tinylm.look import progress
 from tinylm.model.decoder import ModelConfig
 
 TINY = ModelConfig(V=64, D=16, L=2, H=2, T=16)
@@ -35,7 +36,7 @@ def test_products_are_counted_as_two_operations_an_element(monkeypatch):
     monkeypatch.setattr(bench, "PRODUCTS", ((8, 4, 2),))
     monkeypatch.setattr(bench, "_gflops", lambda program, arrays, cost: cost)
     found = bench.peak(rounds=1)
-    assert found["best_f32_gflops"] == 2 * 8 * 4 * 2
+    assert found["best_f32_gflops"] == found["best_bf16_gflops"] == 2 * 8 * 4 * 2
     assert set(found["rates"]) == {"8x4x2 float32", "8x4x2 bfloat16", "copy GB/s"}
 
 
@@ -70,6 +71,18 @@ def test_decoding_is_timed_for_each_batch():
     rates = bench.generation(("tiny",), batches=(1, 3), rounds=1)["tokens_per_second"]
     assert set(rates) == {"tiny batch 1", "tiny batch 3"}
     assert all(r["median"] > 0 for r in rates.values())
+
+
+def test_members_together_are_held_against_one_at_a_time():
+    found = bench.population((2,), (16,), rounds=1, seconds=0.01, tokens=64)
+    rates = found["tokens_per_second"]
+    assert set(rates) == {"D16 one at a time", "D16 2 together"}
+    assert rates["D16 one at a time"]["ratio"] == 1.0
+    assert rates["D16 2 together"]["ratio"] == (
+        rates["D16 2 together"]["median"] / rates["D16 one at a time"]["median"])
+    assert progress.benched(found).count(" x") == 2
+    with pytest.raises(BadInput, match="100000 members of width 16 do not fit"):
+        bench.population((100_000,), (16,), tokens=64)
 
 
 def test_unknown_shapes_and_impossible_counts_are_refused(monkeypatch):

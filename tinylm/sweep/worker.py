@@ -5,6 +5,7 @@ a line on stdout. Any number may run over one folder: a run belongs to whoever h
 """
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -32,50 +33,87 @@ def main(argv: list[str]) -> int:
 
 
 def _work(folder: Path, data_folder: Path, listed: dict[str, Any], skip: list[str]) -> int:
-    from tinylm.stages.pretrain import PretrainConfig
     from tinylm.text.shards import open_dataset
     from tinylm.train import run
 
     threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
-    data, runs = open_dataset(data_folder), listed["runs"]
-    owned, patience = list(runs), PATIENCE
-    while owned and patience:
-        for name in owned:
-            if name not in skip and run.record(folder / name) is None:
-                code = _one(folder / name, from_json(PretrainConfig, runs[name], name), data,
-                            from_json(machine.Plan, listed["plans"][name], name))
+    data, packs = open_dataset(data_folder), listed["packs"]
+    patience = PATIENCE
+    while packs and patience:
+        for names in packs:
+            if not set(names) & set(skip) and any(run.record(folder / n) is None for n in names):
+                code = _one(folder, names, listed, data)
                 if code:
                     return code
-        left = [n for n in owned if n not in skip and run.record(folder / n) is None
-                and not (folder / n / "failure.json").exists()]
-        patience = patience - 1 if len(left) == len(owned) else PATIENCE
-        owned = left
-        time.sleep(1 if owned else 0)
+        left = [names for names in packs if not set(names) & set(skip) and any(
+            run.record(folder / n) is None and not (folder / n / "failure.json").exists()
+            for n in names)]
+        patience = patience - 1 if len(left) == len(packs) else PATIENCE
+        packs = left
+        time.sleep(1 if packs else 0)
     return 0
 
 
-def _one(place: Path, config: Any, data: Any, plan: machine.Plan) -> int:
-    """Train one run unless another holds it; return 75 if a signal stopped it, else 0."""
-    from tinylm.stages.pretrain import pretrain
+def _one(folder: Path, names: list[str], listed: dict[str, Any], data: Any) -> int:
+    """Train one pack unless another holds it; return 75 if a signal stopped it, else 0."""
+    from tinylm.stages import pretrain
     from tinylm.train import run
 
-    name = place.name
+    plan = from_json(machine.Plan, listed["plans"][names[0]], names[0])
+    configs = {n: from_json(pretrain.PretrainConfig, listed["runs"][n], n) for n in names}
+    for name in names:
+        (folder / name / "failure.json").unlink(missing_ok=True)
+
+    def told(name: str, step: int, loss: float) -> None:
+        say(run=name, step=step, loss=loss if loss == loss else None)
+
+    say(begin=names)
     try:
-        (place / "failure.json").unlink(missing_ok=True)
-        say(begin=name)
-        record = pretrain(place, config, data, plan, lambda step, loss: say(
-            run=name, step=step, loss=loss if loss == loss else None))
-        say(done=name, status=record["status"])
+        records = {}
+        if plan.population == 1:
+            (name, config), = configs.items()
+            records[name] = pretrain.pretrain(folder / name, config, data, plan,
+                                              functools.partial(told, name))
+        else:
+            records = _together(folder, configs, data, plan, told)
+        for name, record in records.items():
+            say(done=name, status=record["status"])
     except files.Owned:
-        say(owned=name)
+        say(owned=names[0])
     except run.Stopped as stop:
-        say(stopped=name, reason=str(stop))
+        say(stopped=names[0], reason=str(stop))
         return 75
     except (BadInput, RuntimeError, MemoryError, OSError, ValueError) as fault:
-        reason = f"{type(fault).__name__}: {fault}".splitlines()[0]
-        run.fail(place, config, "pretrain", reason)
-        say(failed=name, reason=reason)
+        for name in names:
+            if run.record(folder / name) is None:
+                _failed(folder, name, configs[name], fault)
     return 0
+
+
+def _together(folder: Path, configs: dict[str, Any], data: Any, plan: machine.Plan,
+              told: Any) -> dict[str, dict[str, Any]]:
+    """Train those of a pack that can be trained; the others fail by themselves."""
+    from tinylm.stages import pretrain
+
+    sound = {}
+    for name, config in configs.items():
+        try:
+            pretrain.check(config, data, plan)
+            sound[name] = config
+        except BadInput as fault:
+            _failed(folder, name, config, fault)
+    if not sound:
+        return {}
+    return dict(zip(sound, pretrain.pretrain_population(folder, sound, data, plan, told),
+                    strict=True))
+
+
+def _failed(folder: Path, name: str, config: Any, fault: Exception) -> None:
+    from tinylm.train import run
+
+    reason = f"{type(fault).__name__}: {fault}".splitlines()[0]
+    run.fail(folder / name, config, "pretrain", reason)
+    say(failed=name, reason=reason)
 
 
 def say(**news: object) -> None:

@@ -15,17 +15,22 @@ NOTES = ("config.json", "plan.json", "record.json", "failure.json", "environment
 """the files that a run, a sweep and a study leave outside sealed folders"""
 
 
-def bench(what: Positional[Literal["machine", "train", "decode"]],
+def bench(what: Positional[Literal["machine", "train", "decode", "population"]],
           shapes: tuple[str, ...] = ("s", "m", "l", "xl"), models: int = 1, rounds: int = 5,
-          compute: Literal["f32", "bf16"] = "f32", json: bool = False) -> None:
-    """Time this machine's matrix products, training or decoding.
+          compute: Literal["f32", "bf16"] = "f32", sizes: tuple[int, ...] = (1, 8, 32, 64),
+          widths: tuple[int, ...] = (64, 128, 256), tokens: int = 8192,
+          json: bool = False) -> None:
+    """Time this machine's matrix products, training, decoding or many models trained together.
 
     Args:
         what: machine is the ceiling that the others are held against
         shapes: s, m, l or xl (tinylm/bench.py)
         models: for train: 1 model over all devices, or so many pinned processes with one each
         rounds: the median is over these, taken in turn
-        compute: for train and decode: the type of the products' operands
+        compute: but for machine: the type of the products' operands
+        sizes: for population: members trained together
+        widths: for population: of the members
+        tokens: for population: of one member's step
         json: print the record on the last line
     """
     from tinylm import bench as timed
@@ -37,6 +42,8 @@ def bench(what: Positional[Literal["machine", "train", "decode"]],
             found = timed.train(shapes, models, rounds, compute=compute)
         case "decode":
             found = timed.generation(shapes, rounds=rounds, compute=compute)
+        case "population":
+            found = timed.population(sizes, widths, rounds, compute=compute, tokens=tokens)
     progress.answer(found, json, progress.benched(found))
 
 
