@@ -100,7 +100,7 @@ def main(args: Args) -> int:
     for name, work in checks(args, TOY if args.toy else FULL, rows):
         row = {"check": name, "at_seconds": round(time.monotonic() - began, 1)}
         try:
-            if row["at_seconds"] > 60 * args.minutes:
+            if row["at_seconds"] >= 60 * args.minutes:
                 raise TimeoutError(f"{args.minutes:g} minutes were over")
             found = work()
             row |= found._asdict()
