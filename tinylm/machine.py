@@ -63,6 +63,8 @@ def pin(devices: int = 1, cores: tuple[int, ...] = ()) -> None:
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_cpu_multi_thread_eigen" not in flags:
         flags = f"{flags} --xla_cpu_multi_thread_eigen=false".strip()
+    if _plugins() and "xla_gpu_deterministic_ops" not in flags:
+        flags = f"{flags} --xla_gpu_deterministic_ops=true"  # else sums of an embedding's rows race
     os.environ["XLA_FLAGS"] = flags
     os.environ["NPROC"] = str(max(2, devices))
     os.environ["JAX_NUM_CPU_DEVICES"] = str(devices)

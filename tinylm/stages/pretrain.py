@@ -146,7 +146,7 @@ def pretrain_population(
     configs, folder = list(members.values()), Path(folder)
     places = {name: folder / name for name in members}
     common = folder / f"population-{digest([identity(c) for c in configs])[:8]}"
-    _check_population(configs, data, plan)
+    _check_population(members, data, plan)
     with contextlib.ExitStack() as held:
         for place in (common, *places.values()):
             held.enter_context(files.lease(place))
@@ -161,14 +161,17 @@ def pretrain_population(
         return [run.record(place) for place in places.values()]
 
 
-def _check_population(configs: list[PretrainConfig], data: Dataset, plan: machine.Plan) -> None:
-    if not 2 <= plan.population >= len(configs) >= 1:
-        raise BadInput(f"{len(configs)} members do not fit a population of {plan.population}; plan "
+def _check_population(members: dict[str, PretrainConfig], data: Dataset,
+                      plan: machine.Plan) -> None:
+    if not 2 <= plan.population >= len(members) >= 1:
+        raise BadInput(f"{len(members)} members do not fit a population of {plan.population}; plan "
                        "a population of 2 or more and of as many as there are")
-    if len(programs := {c.program for c in configs}) > 1:
-        raise BadInput("members of a population may differ in rates, seed, scale and length alone, "
-                       f"not as {' and '.join(sorted(programs)[:2])} do; train them apart")
-    for config in configs:
+    (first, one), *_ = members.items()
+    for name, config in members.items():
+        if config.program != one.program:
+            raise BadInput(f"{name} has another model, optimiser or batch than {first}, and members "
+                           "of a population may differ in rates, seed, scale and length alone; "
+                           "train it apart")
         check(config, data, plan)
     machine.mesh(plan.devices)
 
