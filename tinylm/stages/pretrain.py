@@ -169,8 +169,8 @@ def _check_population(members: dict[str, PretrainConfig], data: Dataset,
     (first, one), *_ = members.items()
     for name, config in members.items():
         if config.program != one.program:
-            raise BadInput(f"{name} has another model, optimiser or batch than {first}, and members "
-                           "of a population may differ in rates, seed, scale and length alone; "
+            raise BadInput(f"{name} has another model, optimiser or batch than {first}; members "
+                           "of a population may differ in rates, seed, scale and length: "
                            "train it apart")
         check(config, data, plan)
     machine.mesh(plan.devices)
