@@ -10,6 +10,7 @@ import pytest
 
 from tinylm import machine
 from tinylm.config import BadInput
+from tinylm.model import attention
 from tinylm.model.attention import KeyValue
 from tinylm.model.decoder import ModelConfig, init, rebuild
 
@@ -124,10 +125,14 @@ def test_position_weights_sum_one_row_a_distance_dense_or_factored(D):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_the_librarys_attention_and_recomputed_layers_are_the_same_function(packed):
+def test_the_librarys_attention_and_recomputed_layers_are_the_same_function(
+        monkeypatch, packed):
     config = ModelConfig(V=50, D=16, L=2, H=2, G=1, T=24)
     params, x = drawn(config), tokens(config)
     segments = jnp.array([[1] * 10 + [2] * 14] * 2) if packed else None
+
+    calls, whole = [], attention.library
+    monkeypatch.setattr(attention, "library", lambda *given: calls.append(1) or whole(*given))
 
     def slopes(**changed):
         plan = machine.Plan(**changed)
@@ -138,6 +143,7 @@ def test_the_librarys_attention_and_recomputed_layers_are_the_same_function(pack
     for changed in ({"fused": True}, {"remat": True, "unroll": False}):
         for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(slopes(**changed)), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    assert len(calls) == config.L  # each layer's, and of the fused plan alone
 
 
 def test_recomputed_layers_keep_less_for_the_way_back():
