@@ -180,8 +180,11 @@ def test_a_population_killed_while_records_are_written_writes_the_rest(
     monkeypatch.setattr(run, "finish", once)
     with pytest.raises(Stopped):
         pretrain_population(tmp_path, members, data, PLAN)
-    monkeypatch.setattr(run, "finish", written)
+    late = []
+    monkeypatch.setattr(run, "finish", lambda folder, *rest, **facts: (
+        late.append(folder.name), written(folder, *rest, **facts))[1])
     assert pretrain_population(tmp_path, members, data, PLAN) == whole[1]
+    assert late == ["run-1", "run-2"]
 
 
 def test_a_diverged_member_is_a_record_and_the_rest_have_their_bits(
