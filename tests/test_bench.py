@@ -39,7 +39,7 @@ def test_products_are_counted_as_two_operations_an_element(monkeypatch):
     monkeypatch.setattr(bench, "PRODUCTS", ((8, 4, 2),))
     monkeypatch.setattr(bench, "_gflops", lambda program, arrays, cost: cost)
     found = bench.peak(rounds=1)
-    assert found["best_f32_gflops"] == 2 * 8 * 4 * 2
+    assert found["best_f32_gflops"] == found["best_bf16_gflops"] == 2 * 8 * 4 * 2
     assert set(found["rates"]) == {"8x4x2 float32", "8x4x2 bfloat16", "copy GB/s"}
 
 
@@ -101,6 +101,18 @@ def test_a_sweeps_shares_are_told_as_run_and_as_at_full_length(monkeypatch, tmp_
     assert found["warm"]["full_length_shares"]["compute"] == pytest.approx(40 / 65)
     assert found["runs"] == found["shapes"] == 4
     assert "40.0%" in progress.swept(found)
+
+
+def test_members_together_are_held_against_one_at_a_time():
+    found = bench.population((2,), (16,), rounds=1, seconds=0.01, tokens=64)
+    rates = found["tokens_per_second"]
+    assert set(rates) == {"D16 one at a time", "D16 2 together"}
+    assert rates["D16 one at a time"]["ratio"] == 1.0
+    assert rates["D16 2 together"]["ratio"] == (
+        rates["D16 2 together"]["median"] / rates["D16 one at a time"]["median"])
+    assert progress.benched(found).count(" x") == 2
+    with pytest.raises(BadInput, match="100000 members of width 16 do not fit"):
+        bench.population((100_000,), (16,), tokens=64)
 
 
 def test_unknown_shapes_and_impossible_counts_are_refused(monkeypatch):

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tinylm import machine
 from tinylm.config import BadInput
+from tinylm.model import attention
 from tinylm.model.attention import KeyValue
 from tinylm.model.decoder import ModelConfig, init, rebuild
 
@@ -23,9 +25,9 @@ def drawn(config: ModelConfig, seed: int = 0):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
-def forward(config, params, x, unroll=True, segments=None):
+def forward(config, params, x, plan=machine.PLAIN, segments=None):
     """The model, compiled."""
-    return rebuild(config, params)(x, segments=segments, unroll=unroll)
+    return rebuild(config, params)(x, segments=segments, plan=plan)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -64,7 +66,7 @@ def test_future_tokens_do_not_change_past_logits_by_gradient(kind):
 def test_scanned_layers_equal_unrolled_ones(groups, tied):
     config = ModelConfig(V=50, D=16, L=3, H=2, G=groups, T=24, tied=tied)
     params, x = drawn(config), tokens(config)
-    one, other = forward(config, params, x, True), forward(config, params, x, False)
+    one, other = forward(config, params, x), forward(config, params, x, machine.Plan(unroll=False))
     np.testing.assert_allclose(one, other, atol=2e-6)
 
 
@@ -85,7 +87,7 @@ def test_cached_decode_equals_the_full_forward_pass(groups):
 def test_packed_segments_equal_each_sequence_alone():
     params, x = drawn(SMALL), tokens(SMALL, 1)
     segments = jnp.array([[1] * 10 + [2] * 14])
-    packed = forward(SMALL, params, x, True, segments)
+    packed = forward(SMALL, params, x, machine.PLAIN, segments)
     for part in (slice(0, 10), slice(10, 24)):
         np.testing.assert_allclose(packed[:, part], forward(SMALL, params, x[:, part]), atol=5e-6)
 
@@ -120,3 +122,39 @@ def test_position_weights_sum_one_row_a_distance_dense_or_factored(D):
     want = rows if D == 12 else rows @ np.asarray(params["lm_head"])
     assert ("lm_head" in params) == (D < 12)
     np.testing.assert_allclose(forward(config, params, x)[0, 3], want, atol=1e-5)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_librarys_attention_and_recomputed_layers_are_the_same_function(
+        monkeypatch, packed):
+    config = ModelConfig(V=50, D=16, L=2, H=2, G=1, T=24)
+    params, x = drawn(config), tokens(config)
+    segments = jnp.array([[1] * 10 + [2] * 14] * 2) if packed else None
+
+    calls, whole = [], attention.library
+    monkeypatch.setattr(attention, "library", lambda *given: calls.append(1) or whole(*given))
+
+    def slopes(**changed):
+        plan = machine.Plan(**changed)
+        return jax.jit(jax.grad(lambda p: jnp.mean(jnp.sin(
+            rebuild(config, p)(x, segments=segments, plan=plan)))))(params)
+
+    plain = slopes()
+    for changed in ({"fused": True}, {"remat": True, "unroll": False}):
+        for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(slopes(**changed)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    assert len(calls) == config.L  # each layer's, and of the fused plan alone
+
+
+def test_recomputed_layers_keep_less_for_the_way_back():
+    config = ModelConfig(V=50, D=32, L=4, H=2, T=256)
+    params = jax.eval_shape(functools.partial(init, config), jax.random.key(0))
+    x = jax.ShapeDtypeStruct((4, config.T), jnp.int32)
+
+    def temporary(plan):
+        loss = lambda p, x: jnp.sum(rebuild(config, p)(x, plan=plan) ** 2)  # noqa: E731
+        program = jax.jit(jax.grad(loss)).lower(params, x).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    plain, less = (temporary(machine.Plan(remat=r, unroll=False)) for r in (False, True))
+    assert less < 0.7 * plain

@@ -28,16 +28,16 @@ from tinylm.sweep import runner
 from tinylm.train.run import Stopped
 configs = [from_json(PretrainConfig, c) for c in files.read_json(Path(sys.argv[1]))["configs"]]
 try:
-    runner.sweep(Path(sys.argv[2]), configs, Path(sys.argv[3]))
+    runner.sweep(Path(sys.argv[2]), configs, Path(sys.argv[3]), population=int(sys.argv[4]))
 except Stopped:
     sys.exit(75)
 """
 
 
-def start(folder, configs, data):  # noqa: F811
+def start(folder, configs, data, population=0):  # noqa: F811
     files.write_json(folder / "configs.json", {"configs": [to_json(c) for c in configs]})
     command = [sys.executable, "-c", CODE, str(folder / "configs.json"), str(folder / "runs"),
-               str(data.folder)]
+               str(data.folder), str(population)]
     return subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
 
 
@@ -61,23 +61,38 @@ def test_every_run_is_there_once_and_the_second_call_trains_nothing(
     assert time.monotonic() - began < 10
 
 
+def cut(folder, configs, data, how, population=0):  # noqa: F811
+    """Start a sweep and stop it once a run that is not finished has some rows of metrics."""
+    process = start(folder, configs, data, population)
+    seen = time.monotonic() + 60
+    while time.monotonic() < seen and process.poll() is None:
+        logs = list((folder / "runs").glob("*/metrics.jsonl"))
+        if any(log.stat().st_size > 1500 for log in logs if not
+               (log.parent / "record.json").exists()):
+            break
+        time.sleep(0.02)
+    if process.poll() is None:
+        os.killpg(process.pid, how)
+    code = process.wait(timeout=60)
+    process.stderr.close()
+    assert code in ((-9,) if how == signal.SIGKILL else (75, -15, 0))
+
+
+def test_a_population_killed_in_its_middle_ends_with_the_bits_of_runs_alone(
+        tmp_path, whole, configs, data):  # noqa: F811
+    cut(tmp_path, configs, data, signal.SIGKILL, population=4)
+    records = runner.sweep(tmp_path / "runs", configs, data.folder, population=4)
+    assert [r["loss"] for r in records] == [r["loss"] for r in whole[1]]
+    assert {r["plan"]["population"] for r in records} == {4}
+    for c in configs:
+        assert bits(tmp_path / "runs" / cells.name(c), c) == bits(whole[0] / cells.name(c), c)
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_a_sweep_killed_in_its_middle_ends_with_the_same_bits(
         tmp_path, whole, configs, data, how):  # noqa: F811
     for _ in range(2 if how == signal.SIGKILL else 1):
-        process = start(tmp_path, configs, data)
-        seen = time.monotonic() + 60
-        while time.monotonic() < seen and process.poll() is None:
-            logs = list((tmp_path / "runs").glob("*/metrics.jsonl"))
-            if any(log.stat().st_size > 1500 for log in logs if not
-                   (log.parent / "record.json").exists()):
-                break
-            time.sleep(0.02)
-        if process.poll() is None:
-            os.killpg(process.pid, how)
-        code = process.wait(timeout=60)
-        process.stderr.close()
-        assert code in ((-9,) if how == signal.SIGKILL else (75, -15, 0))
+        cut(tmp_path, configs, data, how)
     folder, records = whole
     assert runner.sweep(tmp_path / "runs", configs, data.folder) == records
     for c in configs:

@@ -203,11 +203,12 @@ def products(program: str) -> float:
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
-@pytest.mark.parametrize("compute", ["f32", "bf16"])
-def test_train_and_decode_steps_lower_for_every_platform_from_here(platform, compute):
+@pytest.mark.parametrize(("compute", "fused"), [("f32", False), ("bf16", False), ("bf16", True)])
+def test_train_and_decode_steps_lower_for_every_platform_from_here(platform, compute, fused):
     config = ModelConfig(V=64, D=32, L=2, H=2, T=16, compute=compute)
     state, tx = begun(config)
-    one = step.make_step(losses.next_token(config, 1e-4, unroll=False), tx, machine.mesh(2), 2)
+    plan = machine.Plan(unroll=False, fused=fused, remat=fused)
+    one = step.make_step(losses.next_token(config, 1e-4, plan), tx, machine.mesh(2), 2)
     unsafe = [jax.export.DisabledSafetyCheck.custom_call("LayoutConstraint")]
     exported = jax.export.export(jax.jit(one), platforms=[platform], disabled_checks=(
         unsafe if platform == "cpu" else ()))(state, ragged(8))

@@ -12,5 +12,5 @@
 9  __main__                 argv, signals, exit codes
 
 Letters: B batch, T query time, S key time, V vocabulary, D width, F mlp width, L layers, H query
-heads, G key/value heads, K head width, R responses to a prompt.
+heads, G key/value heads, K head width, P members of a population, R responses to a prompt.
 """

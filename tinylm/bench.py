@@ -27,11 +27,12 @@ from tinylm.laws.accounting import flops_per_token
 from tinylm.model.decoder import ModelConfig, init
 from tinylm.model.generate import decode, prefill
 from tinylm.stages.pretrain import PretrainConfig
-from tinylm.sweep import cells, runner
+from tinylm.sweep import cells, packing, runner
 from tinylm.sweep.presets import PRESETS
 from tinylm.sweep.times import spent
 from tinylm.text import corpora, prepare
 from tinylm.train import batch, losses, optim, step
+from tinylm.train import population as populations
 
 SHAPES = {
     "s": (ModelConfig(V=1024, D=64, L=2, H=2, T=128), 64),
@@ -41,6 +42,8 @@ SHAPES = {
 }
 """model and sequences a step: the sizes that our peers were measured at"""
 PRODUCTS = ((128, 64, 1024), (256, 128, 512), (256, 256, 1024), (512, 512, 512), (1024, 1024, 1024))
+LARGE = ((16384, 768, 3072), (4096, 4096, 4096), (8192, 8192, 8192))
+"""the products of an accelerator"""
 
 
 class Rate(NamedTuple):
@@ -65,17 +68,19 @@ def interleaved(tasks: dict[str, Callable[[], float]], rounds: int) -> dict[str,
 
 def peak(rounds: int = 5) -> dict[str, Any]:
     """Measure matrix products (GFLOP/s of one device, by shape and type) and copying (GB/s)."""
-    tasks = {}
-    for m, k, n in PRODUCTS:
+    tasks, cpu = {}, jax.default_backend() == "cpu"
+    for m, k, n in PRODUCTS if cpu else LARGE:
         for dtype in ("float32", "bfloat16"):
             a, b = jnp.ones((m, k), dtype), jnp.ones((k, n), dtype)
             tasks[f"{m}x{k}x{n} {dtype}"] = functools.partial(
                 _gflops, jax.jit(_product), (a, b), 2.0 * m * k * n)
-    big = jnp.ones(2**26, jnp.float32)
-    tasks["copy GB/s"] = functools.partial(_gflops, jax.jit(lambda x: x + 1), (big,), 8.0 * 2**26)
+    big = jnp.ones(2**26 if cpu else 2**29, jnp.float32)
+    tasks["copy GB/s"] = functools.partial(_gflops, jax.jit(lambda x: x + 1), (big,),
+                                           2.0 * big.nbytes)
     found = interleaved(tasks, rounds)
-    best = max(r.median for name, r in found.items() if "float32" in name)
-    return {"what": "machine", **_facts(), "best_f32_gflops": best,
+    best = {short: max(r.median for name, r in found.items() if dtype in name)
+            for short, dtype in (("f32", "float32"), ("bf16", "bfloat16"))}
+    return {"what": "machine", **_facts(), **{f"best_{k}_gflops": v for k, v in best.items()},
             "rates": {k: r._asdict() for k, r in found.items()}}
 
 
@@ -130,6 +135,29 @@ def sweep(preset: str, scale: float, corpus: tuple[str, ...] = ()) -> dict[str, 
             "shapes": len({c.model for c in runs}), **found}
 
 
+def population(sizes: tuple[int, ...], widths: tuple[int, ...], rounds: int = 5,
+               seconds: float = 1.0, compute: str = "f32", tokens: int = 8192) -> dict[str, Any]:
+    """Measure members trained together, tokens a second of them all, against one at a time.
+
+    Each member has 4 layers of that width and takes `tokens` a step. BadInput for a size that the
+    estimate (sweep/packing) says does not fit the device.
+    """
+    rates: dict[str, Any] = {}
+    for width in widths:
+        config = ModelConfig(V=1024, D=width, L=4, H=max(1, width // 32), T=min(256, tokens),
+                             compute=compute)
+        tasks = {_members(width, size): functools.partial(
+            Trainer(config, *_populated(config, size, tokens)).rate, seconds)
+            for size in sorted({1, *sizes})}
+        found = interleaved(tasks, rounds)
+        alone = found[_members(width, 1)].median
+        for name, rate in found.items():
+            rates[name] = {**rate._asdict(), "ratio": rate.median / alone,
+                           "gflops": rate.median * flops_per_token(config.shape) / 1e9}
+    return {"what": "population", "tokens_a_member": tokens, **_facts(),
+            "tokens_per_second": rates}
+
+
 class Crew:
     """Processes that work on request: each reads one JSON line and answers with one number."""
 
@@ -176,17 +204,23 @@ def servers(models: int) -> list[list[str]]:
 
 
 class Trainer:
-    """A compiled step on batches [n, rows, T + 1] of tokens, ready to be timed."""
+    """A compiled step on batches [n, rows, T + 1] of tokens, ready to be timed.
+
+    A population's plan wants [n, P, rows, T + 1].
+    """
 
     def __init__(self, config: ModelConfig, plan: machine.Plan, batches: np.ndarray):
-        settings, self.tokens = optim.OptimConfig(), batches.shape[1] * config.T
+        settings, self.tokens = optim.OptimConfig(), batches[0, ..., 1:].size
         tx, mesh = optim.optimiser(settings, config), machine.mesh(plan.devices)
-        self.chunk = step.make_chunk(step.make_step(
-            losses.next_token(config, settings.z_loss, plan.unroll), tx, mesh, plan.micro))
+        one = step.make_step(losses.next_token(config, settings.z_loss, plan), tx, mesh, plan.micro)
+        state = step.start(init(config, jax.random.key(0)), tx, optim.hyper(settings, 10**6))
+        if plan.population > 1:
+            one = populations.make_step(one, plan.vmap)
+            state = populations.stack([state] * plan.population, plan.population)
+        self.chunk = step.make_chunk(one)
         self.batches = step.place(mesh, batch.Batch(
-            batches.astype(np.int32), np.ones_like(batches[..., 1:], np.float32)))
-        self.state = step.replicate(mesh, step.start(init(config, jax.random.key(0)), tx,
-                                                     optim.hyper(settings, 10**6)))
+            batches.astype(np.int32), np.ones_like(batches[..., 1:], np.float32)), batches.ndim - 2)
+        self.state = step.replicate(mesh, state)
 
     def rate(self, seconds: float) -> float:
         """Train for about that long; give tokens a second."""
@@ -236,6 +270,29 @@ def _swept(folder: Path, runs: list[PretrainConfig], scale: float) -> dict[str, 
             "full_length_shares": {k: v / sum(full.values()) for k, v in full.items()},
             "tokens_per_second": sum(c.tokens for c in runs) / row["wall_seconds"],
             "flops_per_second": sum(c.flops for c in runs) / row["wall_seconds"]}
+
+
+def _members(width: int, size: int) -> str:
+    return f"D{width} " + ("one at a time" if size == 1 else f"{size} together")
+
+
+def _populated(config: ModelConfig, size: int, tokens: int) -> tuple[machine.Plan, np.ndarray]:
+    """Give the plan and the random batches of a population on one device."""
+    asked = PretrainConfig(config, batch=tokens)
+    plan = packing.fitting(asked, machine.plan_for(
+        asked.rows, config.T, config.D, jax.default_backend(), 1), size, _memory())
+    if plan.population != size:
+        raise BadInput(f"{size} members of width {config.D} do not fit {_memory():.3g} bytes; "
+                       "choose fewer")
+    members = (size,) if size > 1 else ()
+    return plan, np.random.default_rng(0).integers(
+        0, config.V, (4, *members, asked.rows, config.T + 1))
+
+
+def _memory() -> float:
+    """Give the bytes of this process's device (machine.memory asks for a process yet to start)."""
+    told = jax.devices()[0].memory_stats() or {}
+    return told.get("bytes_limit") or machine.MEMORY
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -20,6 +20,9 @@ from tinylm.config import BadInput, require
 
 CACHE = Path(os.environ.get("TINYLM_CACHE", Path.home() / ".cache" / "tinylm"))
 
+MEMORY = 8e9
+"""bytes of a device to count on where it does not say"""
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -35,6 +38,18 @@ class Plan:
     """layers written out one after the other instead of scanned (faster on a CPU to L=6)"""
     checkpoint_every: int = 512
     """steps between checkpoints, rounded up to whole chunks"""
+    population: int = 1
+    """members trained by one program at once, padding included; 1 is a run on its own"""
+    vmap: bool = False
+    """members side by side (accelerators) instead of one after the other"""
+    fused: bool = False
+    """attention by the library, operands in the model's type, instead of ours in blocks"""
+    remat: bool = False
+    """a layer's insides are computed again on the way back: less memory, a third more work"""
+
+
+PLAIN = Plan()
+"""one model on one device, layers written out: how a loss is evaluated"""
 
 
 def pin(devices: int = 1, cores: tuple[int, ...] = ()) -> None:
@@ -48,6 +63,8 @@ def pin(devices: int = 1, cores: tuple[int, ...] = ()) -> None:
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_cpu_multi_thread_eigen" not in flags:
         flags = f"{flags} --xla_cpu_multi_thread_eigen=false".strip()
+    if _plugins() and "xla_gpu_deterministic_ops" not in flags:
+        flags = f"{flags} --xla_gpu_deterministic_ops=true"  # else sums of an embedding's rows race
     os.environ["XLA_FLAGS"] = flags
     os.environ["NPROC"] = str(max(2, devices))
     os.environ["JAX_NUM_CPU_DEVICES"] = str(devices)
@@ -67,22 +84,33 @@ def cores() -> list[int]:
     return list(range(os.cpu_count() or 1))
 
 
-@functools.cache
 def survey() -> tuple[str, int]:
-    """Give JAX's backend and its number of devices (a CPU's are its cores).
+    """Give JAX's backend and its number of devices (a CPU's are its cores)."""
+    return _asked()[:2]
+
+
+def memory() -> float:
+    """Give the bytes of one device that JAX may use; MEMORY where the backend does not say."""
+    return _asked()[2] or MEMORY
+
+
+@functools.cache
+def _asked() -> tuple[str, int, float]:
+    """Ask JAX for its backend, number of devices and bytes of one (0 for unknown).
 
     Where a plugin for an accelerator is installed, a process of its own asks JAX, because asking
     here would start JAX and take a GPU's memory.
     """
     if os.environ.get("JAX_PLATFORMS", "") in ("", "cpu") and not _plugins():
-        return "cpu", len(cores())
-    code = "import jax; print(jax.default_backend(), jax.device_count())"
+        return "cpu", len(cores()), 0.0
+    code = ("import jax; told = jax.devices()[0].memory_stats() or {}; print("
+            "jax.default_backend(), jax.device_count(), told.get('bytes_limit', 0))")
     env = {**os.environ, "JAX_NUM_CPU_DEVICES": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     if done.returncode:
         raise BadInput(f"JAX does not start here: {done.stderr.strip().splitlines()[-1]}")
-    backend, count = done.stdout.split()[-2:]
-    return backend, len(cores()) if backend == "cpu" else int(count)
+    backend, count, limit = done.stdout.split()[-3:]
+    return backend, len(cores()) if backend == "cpu" else int(count), float(limit)
 
 
 def _plugins() -> bool:
@@ -98,7 +126,8 @@ def plan_for(rows: int, T: int, D: int, backend: str, count: int, devices: int =
     The batch is split over `devices`, or over as many of the `count` at hand as divide it. On a
     CPU a device holds 128 tokens at once below width 40 and 256 from there on: medians of one
     interleaved run at T=128, V=2048, per sequence with 1 / 2 / 4 at once: 1.34 / 1.43 / 1.45 ms at
-    D=24, 2.20 / 2.05 / 2.11 at D=48, 6.75 / 5.65 / 5.63 at D=128.
+    D=24, 2.20 / 2.05 / 2.11 at D=48, 6.75 / 5.65 / 5.63 at D=128. An accelerator gets longer
+    chunks, members side by side and the library's attention (not yet measured there).
     """
     require("rows", rows, 1, 1e9)
     require("devices", devices, 0, count)
@@ -110,7 +139,8 @@ def plan_for(rows: int, T: int, D: int, backend: str, count: int, devices: int =
     most = max(1, (128 if D < 40 else 256) // T) if cpu else 64
     micro = max(m for m in range(1, most + 1) if rows // devices % m == 0)
     every = 2048 if cpu and D < 40 else 512  # either is about ten seconds of a core
-    return Plan(devices=devices, micro=micro, unroll=cpu, checkpoint_every=every)
+    return Plan(devices=devices, micro=micro, unroll=cpu, chunk=16 if cpu else 64,
+                checkpoint_every=every, vmap=not cpu, fused=not cpu)
 
 
 def mesh(devices: int) -> Any:

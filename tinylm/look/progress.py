@@ -230,6 +230,7 @@ def benched(found: dict[str, Any]) -> str:
     rates = found.get("tokens_per_second") or found["rates"]
     unit = "tokens/s" if "tokens_per_second" in found else "GFLOP/s"
     return "\n".join(f"{name:>28} {r['median']:12,.1f} {unit}  [{r['low']:,.1f}, {r['high']:,.1f}]"
+                     + (f"  {r['ratio']:.2f} x" if "ratio" in r else "")
                      for name, r in rates.items())
 
 

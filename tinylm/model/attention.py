@@ -45,13 +45,18 @@ class Attention(nnx.Module):
         visible: Bool[ArrayLike, "#B T S"],
         cache: KeyValue | None = None,
         start: Array | int = 0,
+        fused: bool = False,
     ) -> tuple[Float[Array, "B T D"], KeyValue]:
-        """Attend from x to itself, or to the cache with x's keys written at `start`."""
+        """Attend from x to itself, or to the cache with x's keys written at `start`.
+
+        `fused` takes the library's attention (see `library`) instead of ours.
+        """
         q, k, v = self.project(x, turn)
         if cache is not None:
             k = jax.lax.dynamic_update_slice_in_dim(cache.k, k, start, 2)
             v = jax.lax.dynamic_update_slice_in_dim(cache.v, v, start, 2)
-        mixed = attend(q, k, v, visible)
+        mixed = (library(q, k, v, visible, self.dtype) if fused else
+                 attend(q, k, v, visible))
         out = product("bthk,hkd->btd", mixed, self.o_proj[...], self.dtype)
         return out, KeyValue(k, v)
 
@@ -90,11 +95,40 @@ def attend(
     return mixed_BGJTK.transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
 
+def library(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B G S K"],
+    v: Float[Array, "B G S K"],
+    visible: Bool[ArrayLike, "#B T S"],
+    dtype: jnp.dtype,
+) -> Float[Array, "B T H K"]:
+    """Mix as `attend` does, by JAX's attention on operands rounded to `dtype`.
+
+    That is cuDNN's flash attention where it has one for them (what is visible must then be the
+    causal half), else XLA's. The choice is taken when the program is built.
+    """
+    causal = isinstance(visible, np.ndarray) and bool((visible == np.tri(*visible.shape[1:])).all())
+    q, k_BSGK, v_BSGK = (a.astype(dtype) for a in (
+        q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)))
+    mixed = jax.nn.dot_product_attention(
+        q, k_BSGK, v_BSGK, is_causal=causal, mask=None if causal else visible[:, None],
+        implementation="cudnn" if causal and _cudnn(dtype, q.shape[-1]) else "xla")
+    return mixed.astype(jnp.float32)
+
+
 def weigh(
     q: Float[Array, "B T H K"], k: Float[Array, "B G S K"], visible: Bool[ArrayLike, "#B T S"]
 ) -> Float[Array, "B G J T S"]:
     """Give the weights by which `attend` mixes, float32; J = H / G query heads share a key head."""
     return jax.nn.softmax(_scores(_grouped(q, k), k, visible), axis=-1)
+
+
+def _cudnn(dtype: jnp.dtype, K: int) -> bool:
+    """Tell whether the default device has a flash attention for heads of this type and width."""
+    device = jax.devices()[0]
+    return (jax.default_backend() == "gpu" and "cuda" in device.client.platform_version.lower()
+            and float(device.compute_capability) >= 8.0
+            and dtype == jnp.bfloat16 and K % 8 == 0 and K <= 128)
 
 
 def _grouped(q: Float[Array, "B T H K"], k: Float[Array, "B G S K"]) -> Float[Array, "B G J T K"]:

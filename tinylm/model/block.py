@@ -43,8 +43,9 @@ class Block(nnx.Module):
         visible: Bool[ArrayLike, "#B T S"],
         cache: KeyValue | None = None,
         start: Array | int = 0,
+        fused: bool = False,
     ) -> tuple[Float[Array, "B T D"], KeyValue]:
         """Add attention's and the MLP's output to the residual stream."""
-        mixed, kept = self.self_attn(self.input_layernorm(x), turn, visible, cache, start)
+        mixed, kept = self.self_attn(self.input_layernorm(x), turn, visible, cache, start, fused)
         x = x + mixed
         return x + self.mlp(self.post_attention_layernorm(x)), kept

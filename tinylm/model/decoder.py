@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Int
 
 from tinylm.config import BadInput
 from tinylm.laws.accounting import Shape
+from tinylm.machine import PLAIN, Plan
 from tinylm.model.attention import KeyValue
 from tinylm.model.block import Block
 from tinylm.model.embedding import Embedding, RMSNorm, rotation
@@ -115,20 +116,20 @@ class Decoder(nnx.Module):
         self,
         tokens: Int[Array, "B T"],
         segments: Int[Array, "B T"] | None = None,
-        unroll: bool = True,
+        plan: Plan = PLAIN,
     ) -> Float[Array, "B T V"]:
         """Give the logits of the next token at every position, float32.
 
         `segments` (conversation numbers) keep packed sequences apart: attention stays inside a
         segment and positions restart with it.
         """
-        return self.head(self.states(tokens, segments, unroll))
+        return self.head(self.states(tokens, segments, plan))
 
     def states(
         self,
         tokens: Int[Array, "B T"],
         segments: Int[Array, "B T"] | None = None,
-        unroll: bool = True,
+        plan: Plan = PLAIN,
     ) -> Float[Array, "B T D"]:
         """Give the residual stream after the last block, before the norm."""
         T = tokens.shape[1]
@@ -140,11 +141,15 @@ class Decoder(nnx.Module):
             fresh = jnp.diff(segments, axis=1, prepend=-1) != 0
             positions = index[None] - jax.lax.cummax(jnp.where(fresh, index[None], 0), axis=1)
         turn, x = self._begin(tokens, positions)
-        if not unroll:
-            return jax.lax.scan(lambda x, block: (block(x, turn, visible)[0], None), x,
-                                self.layers)[0]
+
+        def layer(x: Float[Array, "B T D"], block: Block) -> tuple[Float[Array, "B T D"], None]:
+            return block(x, turn, visible, fused=plan.fused)[0], None
+
+        layer = jax.checkpoint(layer) if plan.remat else layer
+        if not plan.unroll:
+            return jax.lax.scan(layer, x, self.layers)[0]
         for block in self.blocks():
-            x, _ = block(x, turn, visible)
+            x, _ = layer(x, block)
         return x
 
     def blocks(self) -> list[Block]:
@@ -191,9 +196,14 @@ def build(c: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def init(c: ModelConfig, key: Array) -> Params:
-    """Draw the parameters, a nested dict of float32 arrays (always compiled: same bits)."""
-    return nnx.to_pure_dict(nnx.state(build(c, nnx.Rngs(params=key)), nnx.Param))
+def init(c: ModelConfig, key: Array, scale: ArrayLike = 1.0) -> Params:
+    """Draw the parameters, a nested dict of float32 arrays (always compiled: same bits).
+
+    `scale` multiplies what is drawn, that is the standard deviations; norms' gains stay 1.
+    """
+    drawn = nnx.to_pure_dict(nnx.state(build(c, nnx.Rngs(params=key)), nnx.Param))
+    return jax.tree_util.tree_map_with_path(
+        lambda path, a: a if "norm" in jax.tree_util.keystr(path) else scale * a, drawn)
 
 
 def rebuild(c: ModelConfig, params: Params) -> Any:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from tinylm.config import BadInput
+from tinylm.machine import PLAIN, Plan
 from tinylm.model.decoder import ModelConfig, Params, rebuild
 
 
@@ -26,12 +27,12 @@ def with_head(config: ModelConfig, params: Params, key: Array) -> Params:
 
 def scores(
     config: ModelConfig, params: Params, tokens: Int[Array, "B T"],
-    segments: Int[Array, "B T"] | None = None, unroll: bool = True,
+    segments: Int[Array, "B T"] | None = None, plan: Plan = PLAIN,
 ) -> Float[Array, "B T"]:
     """Give the score at every position, having read the tokens up to and with it, float32."""
     head = params["score_head"]
     model = rebuild(config, {k: v for k, v in params.items() if k != "score_head"})
-    x = model.norm(model.states(tokens, segments, unroll)).astype(jnp.float32)
+    x = model.norm(model.states(tokens, segments, plan)).astype(jnp.float32)
     return jnp.einsum("btd,d->bt", x, head["weight"]) + head["bias"]
 
 

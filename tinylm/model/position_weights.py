@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from tinylm.machine import PLAIN, Plan
 from tinylm.model.embedding import param
 
 
@@ -20,7 +21,7 @@ class PositionWeights(nnx.Module):
         self.lm_head = param(rngs, (D, V), D**-0.5) if D < V else None
 
     def __call__(
-        self, tokens: Int[Array, "B T"], segments: None = None, unroll: bool = True
+        self, tokens: Int[Array, "B T"], segments: None = None, plan: Plan = PLAIN
     ) -> Float[Array, "B T V"]:
         """Give the logits of the next token; positions before the window count as nothing."""
         length = tokens.shape[1]

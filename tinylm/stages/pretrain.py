@@ -1,25 +1,30 @@
-"""Pretrain one model on one dataset, evaluate it, write its record.
+"""Pretrain one model on one dataset, or a population of one shape; evaluate, write the records.
 
 A trunk is a run that never decays and keeps its checkpoints at the steps where runs branch off. A
 branch goes on from such a checkpoint and decays to its own horizon: bit for bit the run that its
 config would be without a parent, for the decay's compute alone.
 """
 
+import contextlib
 import functools
+import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from tinylm import files, machine
-from tinylm.config import BadInput, from_json, identity, require, to_json
+from tinylm.config import BadInput, canonical, digest, from_json, identity, require, to_json
 from tinylm.evaluate.heldout import eval_id, heldout
 from tinylm.laws.accounting import flops_per_token, parameters, six_nd
-from tinylm.model.decoder import ModelConfig, init
+from tinylm.model.decoder import ModelConfig, Params, init
 from tinylm.text.shards import Dataset
-from tinylm.train import batch, checkpoint, loop, losses, optim, run, step
+from tinylm.train import batch, checkpoint, loop, losses, optim, population, run, step
 from tinylm.train.optim import OptimConfig
 
 MOST_EPOCHS = 4.0
@@ -47,6 +52,8 @@ class PretrainConfig:
     """tokens a step"""
     seed: int = 0
     """of the initial parameters and of the order of the data"""
+    init_scale: float = 1.0
+    """factor on the standard deviations of the initial parameters"""
     data_id: str = ""
     """identity of the dataset, its tokenizer included"""
     forecast_sha256: str = ""
@@ -60,6 +67,7 @@ class PretrainConfig:
         if self.steps < 1:
             raise BadInput(f"steps={self.steps} is below 1; choose 1 or more")
         require("seed", self.seed, 0, 2**32 - 1)
+        require("init_scale", self.init_scale, 0, 1e6)
         if self.parent:  # later than that the rate falls
             require("parent.step", self.parent.step, 1,
                     self.steps - max(1.0, self.optim.decay * self.steps))
@@ -77,6 +85,11 @@ class PretrainConfig:
     def rows(self) -> int:
         """Sequences a step."""
         return self.batch // self.model.T
+
+    @property
+    def program(self) -> str:
+        """What the compiled program depends on: members of a population share it."""
+        return canonical([to_json(self.model), to_json(self.optim.program), self.rows])
 
     @property
     def tokens(self) -> int:
@@ -148,6 +161,9 @@ def pretrain(
         plan = run.settle(folder, config, config.kind, plan, data.folder.parent)
         if (done := run.record(folder)) is not None:
             return done
+        if plan.population > 1:
+            raise BadInput(f"{folder} was begun as one of a population of {plan.population}; go on "
+                           "with the sweep it belongs to, or choose a new folder")
         epochs = check(config, data, plan)
         if epochs > 1:
             print(f"{folder.name}: {epochs:.2f} epochs of the training split", file=sys.stderr)
@@ -159,21 +175,103 @@ def pretrain(
 
         with loop.Clock(folder) as clock:
             with clock.doing("start"):
-                state = begin(jax.random.key(config.seed), optim.hyper(config.optim, config.steps))
+                state = _begun(begin, config)
                 if config.parent:
                     state = branched(config, state, trunk)
-            state, finite = loop.train(folder, state, chunk, batch_at, config.steps, config.batch,
-                                       plan, mesh, clock, event, config.branches)
-            with clock.doing("evaluate"):
-                scored = (heldout(model, state.params, data)._asdict()
-                          if finite and config.kind != "trunk" else None)
-        return run.finish(folder, config, config.kind, "ok" if finite else "diverged",
-                          parent=to_json(config.parent) if config.parent else None,
-                          tokenizer_id=data.tokenizer_id, data_id=data.id,
-                          eval_id=eval_id(data, model.T), seed=config.seed, params=counts(model),
-                          tokens=config.tokens, epochs=epochs, loss=scored,
-                          flops={"exact": config.flops, "spent": config.spent, "six_nd": six_nd(
-                              sum(counts(model)[k] for k in ("head", "blocks")), config.tokens)})
+            state, (finite,) = loop.train(
+                folder, [loop.Member(folder / "metrics.jsonl", config.steps, event)], state, chunk,
+                batch_at, config.batch, plan, mesh, clock, config.branches)
+            return _conclude(folder, config, data, clock, epochs, state.params if finite else None)
+
+
+def pretrain_population(
+    folder: Path,
+    members: dict[str, PretrainConfig],
+    data: Dataset,
+    plan: machine.Plan,
+    event: Callable[[str, int, float], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Train configs of one program together, each in its folder folder/NAME; return the records.
+
+    Checkpoints are of them all and lie in folder/population-ID until every record is written.
+    `event` is told a member's name too. BadInput where the members share no program, are more than
+    the plan's, or were begun otherwise.
+    """
+    configs, folder = list(members.values()), Path(folder)
+    places = {name: folder / name for name in members}
+    common = folder / f"population-{digest([identity(c) for c in configs])[:8]}"
+    _check_population(members, data, plan)
+    with contextlib.ExitStack() as held:
+        for place in (common, *places.values()):
+            held.enter_context(files.lease(place))
+        for name, config in members.items():
+            bound = run.settle(places[name], config, "pretrain", plan, data.folder.parent)
+            if bound != plan:
+                raise BadInput(f"{places[name]} was begun with {bound}, this is {plan}; "
+                               "go on as it was begun, or choose a new folder")
+        if any(run.record(place) is None for place in places.values()):
+            _train_population(common, places, configs, data, plan, event)
+        shutil.rmtree(common / "checkpoints", ignore_errors=True)
+        return [run.record(place) for place in places.values()]
+
+
+def _check_population(members: dict[str, PretrainConfig], data: Dataset,
+                      plan: machine.Plan) -> None:
+    if not 2 <= plan.population >= len(members) >= 1:
+        raise BadInput(f"{len(members)} members do not fit a population of {plan.population}; plan "
+                       "a population of 2 or more and of as many as there are")
+    (first, one), *_ = members.items()
+    for name, config in members.items():
+        if config.program != one.program:
+            raise BadInput(f"{name} has another model, optimiser or batch than {first}; members "
+                           "of a population may differ in rates, seed, scale and length: "
+                           "train it apart")
+        check(config, data, plan)
+    machine.mesh(plan.devices)
+
+
+def _train_population(common: Path, places: dict[str, Path], configs: list[PretrainConfig],
+                      data: Dataset, plan: machine.Plan, event: Any) -> None:
+    """Train to the last member's end, then score and record one member after the other."""
+    one, mesh = configs[0], machine.mesh(plan.devices)
+    begin, chunk = _program(one.model, one.optim.program, plan)
+
+    def batch_at(t: int) -> batch.Batch:
+        rows = [batch.batch(data.train, c.seed, t, c.rows, c.model.T) for c in configs]
+        rows += rows[-1:] * (plan.population - len(rows))
+        return jax.tree.map(lambda *each: np.stack(each), *rows)
+
+    lines = [loop.Member(place / "metrics.jsonl", c.steps, event and functools.partial(event, name))
+             for (name, place), c in zip(places.items(), configs, strict=True)]
+    with loop.Clock(common) as clock:
+        with clock.doing("start"):
+            states = population.stack([_begun(begin, c) for c in configs], plan.population)
+        states, finite = loop.train(common, lines, states, chunk, batch_at, one.batch, plan, mesh,
+                                    clock)
+        for i, (place, config) in enumerate(zip(places.values(), configs, strict=True)):
+            if run.record(place) is None:
+                state = population.member(states, i)
+                if finite[i]:
+                    with clock.doing("save"):
+                        checkpoint.save(place / "checkpoints", state)
+                _conclude(place, config, data, clock, check(config, data, plan),
+                          state.params if finite[i] else None)
+
+
+def _conclude(folder: Path, config: PretrainConfig, data: Dataset, clock: loop.Clock,
+              epochs: float, params: Params | None) -> dict[str, Any]:
+    """Score the final parameters (None: the run diverged), a trunk's not; write the record."""
+    model = config.model
+    with clock.doing("evaluate"):
+        scored = (heldout(model, params, data)._asdict()
+                  if params and config.kind != "trunk" else None)
+    return run.finish(folder, config, config.kind, "ok" if params else "diverged",
+                      parent=to_json(config.parent) if config.parent else None,
+                      tokenizer_id=data.tokenizer_id, data_id=data.id,
+                      eval_id=eval_id(data, model.T), seed=config.seed, params=counts(model),
+                      tokens=config.tokens, epochs=epochs, loss=scored,
+                      flops={"exact": config.flops, "spent": config.spent, "six_nd": six_nd(
+                          sum(counts(model)[k] for k in ("head", "blocks")), config.tokens)})
 
 
 def branched(config: PretrainConfig, like: step.State, trunk: Path | None) -> step.State:
@@ -208,6 +306,13 @@ def counts(model: ModelConfig) -> dict[str, int]:
 def _program(model: ModelConfig, fixed: optim.OptimConfig, plan: machine.Plan):
     """Build the compiled start and chunk that all runs of one shape share."""
     mesh, tx = machine.mesh(plan.devices), optim.optimiser(fixed, model)
-    loss = losses.next_token(model, fixed.z_loss, plan.unroll)
-    begin = jax.jit(lambda key, hyper: step.start(init(model, key), tx, hyper))
-    return begin, step.make_chunk(step.make_step(loss, tx, mesh, plan.micro))
+    loss = losses.next_token(model, fixed.z_loss, plan)
+    begin = jax.jit(lambda key, hyper, scale: step.start(init(model, key, scale), tx, hyper))
+    one = step.make_step(loss, tx, mesh, plan.micro)
+    return begin, step.make_chunk(
+        population.make_step(one, plan.vmap) if plan.population > 1 else one)
+
+
+def _begun(begin: Any, config: PretrainConfig) -> step.State:
+    return begin(jax.random.key(config.seed), optim.hyper(config.optim, config.steps),
+                 jnp.float32(config.init_scale))

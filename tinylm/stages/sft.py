@@ -82,7 +82,7 @@ def sft(
         tx = optim.optimiser(config.optim, model)
         before = load_params(parent, model)
         state = step.start(before, tx, optim.hyper(config.optim, config.steps))
-        loss = losses.next_token(model, config.optim.z_loss, plan.unroll)
+        loss = losses.next_token(model, config.optim.z_loss, plan)
         chunk = step.make_chunk(step.make_step(loss, tx, mesh, plan.micro))
 
         def batch_at(t: int) -> batch.Batch:
@@ -96,8 +96,9 @@ def sft(
         with loop.Clock(folder) as clock:
             with clock.doing("evaluate"):
                 answers = {"before": answers_nll(model, before, held)}
-            state, finite = loop.train(folder, state, chunk, batch_at, config.steps,
-                                       config.rows * model.T, plan, mesh, clock, event)
+            state, (finite,) = loop.train(
+                folder, [loop.Member(folder / "metrics.jsonl", config.steps, event)], state, chunk,
+                batch_at, config.rows * model.T, plan, mesh, clock)
             with clock.doing("evaluate"):
                 scored = heldout(model, state.params, data)._asdict() if finite else None
                 answers["after"] = answers_nll(model, state.params, held)

@@ -21,6 +21,7 @@ from tinylm import config as configs
 from tinylm import files, machine
 from tinylm.config import BadInput
 from tinylm.stages.pretrain import PretrainConfig
+from tinylm.sweep import packing
 from tinylm.sweep.cells import name
 from tinylm.train import run
 
@@ -60,18 +61,19 @@ def sweep(
     runs: list[PretrainConfig],
     data_folder: Path,
     watch: Callable[[Progress], None] = lambda progress: None,
+    population: int = 0,
 ) -> list[dict[str, Any]]:
     """Train every config in `folder`, longest first; return the records, failed runs left out.
 
-    Trunks are trained before their branches and have records, but are not returned.
-
+    Trunks are trained before their branches and have records, but are not returned. Runs of one
+    shape train `population` at once at most; 0: one on a CPU, more on an accelerator.
     Raises Stopped when a signal stopped the workers; nothing is lost.
     """
     folder, wanted = Path(folder), {}
     for config in sorted(runs, key=lambda c: -c.spent):
         wanted[name(config)] = config
     with files.lease(folder):
-        listed = _settle(folder, wanted)
+        listed = _settle(folder, wanted, population)
         progress = Progress(wanted, *_so_far(folder, wanted), time.monotonic(), 0.0)
         progress.flops_before = progress.flops
         if any(run.record(folder / n) is None for n in wanted):
@@ -84,7 +86,7 @@ def sweep(
     return run.table(folder / n for n, c in wanted.items() if c.kind != "trunk")
 
 
-def _settle(folder: Path, wanted: dict[str, PretrainConfig]) -> dict[str, Any]:
+def _settle(folder: Path, wanted: dict[str, PretrainConfig], population: int) -> dict[str, Any]:
     runs = {n: configs.to_json(c) for n, c in wanted.items()}
     place = folder / "sweep.json"
     if place.exists():
@@ -96,9 +98,12 @@ def _settle(folder: Path, wanted: dict[str, PretrainConfig]) -> dict[str, Any]:
         return listed
     backend, count = machine.survey()
     workers, each = (count, 1) if backend == "cpu" else (1, count)
-    plans = {n: dataclasses.asdict(machine.plan_for(c.rows, c.model.T, c.model.D, backend, each))
+    plans = {n: machine.plan_for(c.rows, c.model.T, c.model.D, backend, each)
              for n, c in wanted.items()}
-    listed = {"workers": workers, "plans": plans, "runs": runs}
+    most = population or (1 if backend == "cpu" else packing.MOST)
+    packs, plans = packing.pack(wanted, plans, most, machine.memory())
+    listed = {"workers": workers, "packs": packs, "idle": packing.idle(packs, wanted, plans),
+              "plans": {n: dataclasses.asdict(p) for n, p in plans.items()}, "runs": runs}
     files.write_json(place, listed)
     return listed
 
@@ -116,7 +121,7 @@ def _supervise(folder, data_folder, workers, progress, watch):
     for n in progress.configs:
         (folder / n / "failure.json").unlink(missing_ok=True)
     alive = {i: _start(folder, data_folder, i, news) for i in range(workers)}
-    holds: dict[int, str] = {}
+    holds: dict[int, tuple[str, ...]] = {}
     deaths: dict[str, int] = {}
     stopping = False
     try:
@@ -131,12 +136,13 @@ def _supervise(folder, data_folder, workers, progress, watch):
             code = alive.pop(index).wait()
             stopping = stopping or code == 75
             if code not in (0, 75):
-                lost = holds.get(index, "")
-                deaths[lost] = deaths.get(lost, 0) + 1
-                if lost and deaths[lost] > 1:
-                    progress.status[lost] = "failed"
-                    config = progress.configs[lost]
-                    run.fail(folder / lost, config, config.kind,
+                lost = holds.get(index, ())
+                for n in lost or ("",):
+                    deaths[n] = deaths.get(n, 0) + 1
+                for n in (n for n in lost if deaths[n] > 1):
+                    progress.status[n] = "failed"
+                    config = progress.configs[n]
+                    run.fail(folder / n, config, config.kind,
                              f"its worker died twice (last exit {code})")
                 if deaths.get("", 0) < 2 and not stopping:
                     alive[index] = _start(folder, data_folder, index, news)
@@ -179,19 +185,23 @@ def _next(news):
 
 def _note(progress, holds, index, said):
     if "begin" in said:
-        holds[index] = said["begin"]
-        progress.status[said["begin"]] = "running"
+        holds[index] = tuple(said["begin"])
+        progress.status.update(dict.fromkeys(said["begin"], "running"))
     elif "run" in said:
         progress.steps[said["run"]], progress.losses[said["run"]] = said["step"], said["loss"]
     elif "done" in said:
-        holds.pop(index, None)
+        _let_go(holds, index, said["done"])
         progress.status[said["done"]] = said["status"]
         progress.steps[said["done"]] = progress.configs[said["done"]].steps
     elif "failed" in said:
-        holds.pop(index, None)
+        _let_go(holds, index, said["failed"])
         progress.status[said["failed"]] = "failed"
     elif "owned" in said:
         holds.pop(index, None)
+
+
+def _let_go(holds, index, name):
+    holds[index] = tuple(n for n in holds.get(index, ()) if n != name)
 
 
 def _stop(alive):

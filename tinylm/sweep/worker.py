@@ -6,6 +6,7 @@ failure.json is over until the sweep is called again.
 """
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -65,6 +66,7 @@ def _work(folder: Path, data_folder: Path, listed: dict[str, Any], index: int) -
     data = open_dataset(data_folder)
     runs = {n: from_json(PretrainConfig, c, n) for n, c in listed["runs"].items()}
     plans = {n: from_json(machine.Plan, p, n) for n, p in listed["plans"].items()}
+    packs = {names[0]: names for names in listed["packs"]}
     trunks = {identity(c): folder / n for n, c in runs.items()}
 
     def over(n: str) -> bool:
@@ -76,12 +78,13 @@ def _work(folder: Path, data_folder: Path, listed: dict[str, Any], index: int) -
         return (trunk is None or over(trunk.name)
                 or checkpoint.at(trunk / "checkpoints", parent.step).exists())
 
-    order, idle_since = share(runs, listed["workers"], index), time.monotonic()
+    order = share({n: runs[n] for n in packs}, listed["workers"], index)
+    idle_since = time.monotonic()
     while time.monotonic() < idle_since + PATIENCE:
-        left = [n for n in order if not over(n)]
+        left = [n for n in order if not all(map(over, packs[n]))]
         if not left:
             break
-        ways = (_one(folder / n, runs[n], data, plans[n],
+        ways = (_one(folder, {m: runs[m] for m in packs[n]}, data, plans[n],
                      runs[n].parent and trunks.get(runs[n].parent.id)) for n in left if ready(n))
         way = next((w for w in ways if w != "held"), "held")
         if way == "stopped":
@@ -94,29 +97,65 @@ def _work(folder: Path, data_folder: Path, listed: dict[str, Any], index: int) -
     return 0
 
 
-def _one(place: Path, config: Any, data: Any, plan: machine.Plan,
+def _one(folder: Path, configs: dict[str, Any], data: Any, plan: machine.Plan,
          trunk: Path | None) -> Literal["ended", "held", "stopped"]:
-    """Train one run unless another holds it; say how that ended."""
-    from tinylm.stages.pretrain import pretrain
+    """Train one pack unless another holds it; say how that ended."""
+    from tinylm.stages import pretrain
     from tinylm.train import run
 
-    name = place.name
+    names = list(configs)
+
+    def told(name: str, step: int, loss: float) -> None:
+        say(run=name, step=step, loss=loss if loss == loss else None)
+
+    say(begin=names)
     try:
-        say(begin=name)
-        record = pretrain(place, config, data, plan, lambda step, loss: say(
-            run=name, step=step, loss=loss if loss == loss else None), trunk)
-        say(done=name, status=record["status"])
+        records = {}
+        if plan.population == 1:
+            (name, config), = configs.items()
+            records[name] = pretrain.pretrain(folder / name, config, data, plan,
+                                              functools.partial(told, name), trunk)
+        else:
+            records = _together(folder, configs, data, plan, told)
+        for name, record in records.items():
+            say(done=name, status=record["status"])
     except files.Owned:
-        say(owned=name)
+        say(owned=names[0])
         return "held"
     except run.Stopped as stop:
-        say(stopped=name, reason=str(stop))
+        say(stopped=names[0], reason=str(stop))
         return "stopped"
     except (BadInput, RuntimeError, MemoryError, OSError, ValueError) as fault:
-        reason = f"{type(fault).__name__}: {fault}".splitlines()[0]
-        run.fail(place, config, config.kind, reason)
-        say(failed=name, reason=reason)
+        for name in names:
+            if run.record(folder / name) is None:
+                _failed(folder, name, configs[name], fault)
     return "ended"
+
+
+def _together(folder: Path, configs: dict[str, Any], data: Any, plan: machine.Plan,
+              told: Any) -> dict[str, dict[str, Any]]:
+    """Train those of a pack that can be trained; the others fail by themselves."""
+    from tinylm.stages import pretrain
+
+    sound = {}
+    for name, config in configs.items():
+        try:
+            pretrain.check(config, data, plan)
+            sound[name] = config
+        except BadInput as fault:
+            _failed(folder, name, config, fault)
+    if not sound:
+        return {}
+    return dict(zip(sound, pretrain.pretrain_population(folder, sound, data, plan, told),
+                    strict=True))
+
+
+def _failed(folder: Path, name: str, config: Any, fault: Exception) -> None:
+    from tinylm.train import run
+
+    reason = f"{type(fault).__name__}: {fault}".splitlines()[0]
+    run.fail(folder / name, config, config.kind, reason)
+    say(failed=name, reason=reason)
 
 
 def say(**news: object) -> None:

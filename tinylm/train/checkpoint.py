@@ -17,7 +17,7 @@ from tinylm.train.step import State
 
 def save(folder: Path, state: State, **facts: Any) -> Path:
     """Write folder/step-N whole (params and the rest apart), verified at every load."""
-    step = int(state.step)
+    step = int(np.max(state.step))  # of a population: its furthest member's
     place = at(folder, step)
     rest = {"opt": state.opt, "hyper": state.hyper, "step": state.step}
     try:

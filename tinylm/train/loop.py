@@ -9,9 +9,9 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -27,75 +27,94 @@ Event = Callable[[int, float], None]
 """called after every chunk with the steps done and the last chunk's loss"""
 
 
+class Member(NamedTuple):
+    """One run of a loop: where its rows go, at which step it ends, who is told."""
+
+    log: Path
+    steps: int
+    event: Event | None = None
+
+
 def train(
     folder: Path,
+    members: Sequence[Member],
     state: State,
     chunk: Callable[[State, Any, int], tuple[State, Metrics]],
     batch_at: Callable[[int], Batch],
-    steps: int,
     tokens_a_step: int,
     plan: Plan,
     mesh: jax.sharding.Mesh,
     clock: "Clock",
-    event: Event | None = None,
     kept: tuple[int, ...] = (),
-) -> tuple[State, bool]:
-    """Run to `steps` from the newest checkpoint or `state`; return the state and if it is finite.
+) -> tuple[State, list[bool]]:
+    """Run to the members' ends from the newest checkpoint or `state`; say whose loss is finite.
 
+    A population's state, batches and metrics have a leading axis of members, padding at its end.
     The checkpoints of the `kept` steps stay, for runs that branch off there.
     Metrics rows, checkpoints and parameters are the same however often the run was killed.
     Raises Stopped after a signal, once the state is saved.
     """
-    saves, log = Path(folder) / "checkpoints", Path(folder) / "metrics.jsonl"
+    saves = Path(folder) / "checkpoints"
     with clock.doing("start"):
         state, facts = checkpoint.newest(saves, replicate(mesh, state), _say) or (
-            replicate(mesh, state), {"metrics_bytes": 0, "metrics_sha256": ""})
-    size = facts["metrics_bytes"]
-    files.truncate(log, size, facts["metrics_sha256"])
-    done, saved, finite = int(state.step), int(state.step), True
+            replicate(mesh, state),
+            {"step": int(np.max(state.step)), "logs": [[0, "", True]] * len(members)})
+    sizes, shas, sound = (list(of) for of in zip(*facts["logs"], strict=True))
+    for member, size, sha in zip(members, sizes, shas, strict=True):
+        files.truncate(member.log, size, sha)
+    done = saved = clock.first_step = facts["step"]
     pending: tuple[int, int, Metrics] | None = None
-    clock.first_step = done
 
-    def settle() -> bool:
-        nonlocal pending, size
+    def left() -> int:
+        return max((m.steps - done for m, ok in zip(members, sound, strict=True) if ok), default=0)
+
+    def settle() -> None:
+        nonlocal pending
         if pending is None:
-            return True
-        first, n, metrics = pending
-        row, pending = _row(metrics, first, n, tokens_a_step), None
-        size = files.append_lines(log, [json.dumps(row)])
-        if event:
-            event(first + n, row["train/nats_per_token"] or float("nan"))
-        return row["train/nats_per_token"] is not None
+            return
+        (first, n, metrics), pending = pending, None
+        for i, (member, values) in enumerate(zip(members, _by_member(metrics), strict=False)):
+            taken = min(n, member.steps - first)
+            if taken < 1 or not sound[i]:
+                continue
+            row = _row(values, first, taken, tokens_a_step)
+            sizes[i] = files.append_lines(member.log, [json.dumps(row)])
+            sound[i] = row["train/nats_per_token"] is not None
+            if member.event:
+                member.event(first + taken, row["train/nats_per_token"] or float("nan"))
 
     def save() -> None:
         nonlocal saved
         with clock.doing("save"):
-            checkpoint.save(saves, state, metrics_bytes=size, metrics_sha256=files.sha256(log))
+            logs = [[size, files.sha256(m.log), ok]
+                    for m, size, ok in zip(members, sizes, sound, strict=True)]
+            checkpoint.save(saves, state, logs=logs)
             checkpoint.keep_last(saves, 2, kept)
         saved = done
 
     with _signals() as stop:
-        while done < steps and finite:
-            n = min(plan.chunk, *(k - done for k in (*kept, steps) if k > done))
+        while left() > 0:
+            n = min(plan.chunk, left(), *(k - done for k in kept if k > done))
             with clock.doing("input"):
-                batches = place(mesh, _stack([batch_at(done + i) for i in range(n)], plan.chunk))
+                batches = place(mesh, _stack([batch_at(done + i) for i in range(n)], plan.chunk),
+                                1 if plan.population == 1 else 2)
             state, metrics = chunk(state, batches, n)
-            finite = settle()
+            settle()
             pending, done = (done, n, metrics), done + n
             clock.last_step = done
-            if stop() and done < steps:
-                finite = settle() and finite
+            if stop() and left() > 0:
+                settle()
                 save()
-                raise Stopped(f"stopped at step {done} of {steps}; the same command goes on")
-            if done < steps and (done in kept or done - saved >= plan.checkpoint_every):
-                finite = settle() and finite
-                if finite:
+                raise Stopped(f"stopped at step {done}; the same command goes on")
+            if left() > 0 and (done in kept or done - saved >= plan.checkpoint_every):
+                settle()
+                if left() > 0:
                     save()
-        finite = settle() and finite
-        if finite and saved < steps:
+        settle()
+        if any(sound) and saved < done:
             save()
         checkpoint.keep_last(saves, 1, kept)
-    return state, finite
+    return state, sound
 
 
 class Clock:
@@ -149,8 +168,15 @@ def _compiling() -> list[tuple[float, float]]:
     return spans
 
 
-def _row(metrics: Metrics, first: int, n: int, tokens_a_step: int) -> dict[str, Any]:
-    means = {f"train/{k}": float(np.mean(np.asarray(v)[:n])) for k, v in metrics.items()}
+def _by_member(metrics: Metrics) -> list[dict[str, np.ndarray]]:
+    """Turn metrics [steps] or [steps, members] into one dict a member, contiguous in steps."""
+    columns = {k: np.ascontiguousarray(np.asarray(v).reshape(len(v), -1).T)
+               for k, v in metrics.items()}
+    return [dict(zip(columns, each, strict=True)) for each in zip(*columns.values(), strict=True)]
+
+
+def _row(metrics: dict[str, np.ndarray], first: int, n: int, tokens_a_step: int) -> dict[str, Any]:
+    means = {f"train/{k}": float(np.mean(v[:n])) for k, v in metrics.items()}
     sound = {k: v if np.isfinite(v) else None for k, v in means.items()}
     return {"step": first + n, "tokens": (first + n) * tokens_a_step, **sound}
 

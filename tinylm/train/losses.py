@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from tinylm.machine import PLAIN, Plan
 from tinylm.model.decoder import ModelConfig, Params, rebuild
 from tinylm.train.batch import Batch
 from tinylm.train.rewards import Scalar, kl_estimate, wide
@@ -28,13 +29,13 @@ def nll(
     return logz - chosen, logz
 
 
-def next_token(config: ModelConfig, z_loss: float = 0.0, unroll: bool = True) -> Loss:
+def next_token(config: ModelConfig, z_loss: float = 0.0, plan: Plan = PLAIN) -> Loss:
     """Build the loss of predicting tokens[:, 1:]: weighted nll + z_loss * logz^2 (2204.02311)."""
 
     def loss(params: Params, batch: Batch) -> tuple[Array, Sums]:
         model = rebuild(config, params)
         segments = None if batch.segments is None else batch.segments[:, :-1]
-        logits = model(batch.tokens[:, :-1], segments=segments, unroll=unroll)
+        logits = model(batch.tokens[:, :-1], segments=segments, plan=plan)
         each, logz = nll(logits, batch.tokens[:, 1:])
         w = batch.weights
         sums = {"nats_per_token": jnp.sum(w * each), "weight": jnp.sum(w)}

@@ -87,7 +87,7 @@ def make_chunk(step: Step) -> Callable[[State, Any, int], tuple[State, Metrics]]
         first = jax.tree.map(lambda a: a[0], batches)
         size = jax.tree.leaves(batches)[0].shape[0]
         shapes = jax.eval_shape(step, state, first)[1]
-        log = {k: jnp.zeros((size,), s.dtype) for k, s in shapes.items()}
+        log = {k: jnp.zeros((size, *s.shape), s.dtype) for k, s in shapes.items()}
 
         def body(i, carry):
             state, log = carry
@@ -99,12 +99,13 @@ def make_chunk(step: Step) -> Callable[[State, Any, int], tuple[State, Metrics]]
     return jax.jit(chunk, donate_argnums=0)
 
 
-def place(mesh: jax.sharding.Mesh, batches: Any) -> Any:
-    """Put stacked host batches [steps, rows, ...] on the mesh, rows over the data axis.
+def place(mesh: jax.sharding.Mesh, batches: Any, rows: int = 1) -> Any:
+    """Put stacked host batches on the mesh, their axis number `rows` over the data axis.
 
-    With several processes each passes its own rows.
+    They are [steps, rows, ...], a population's [steps, members, rows, ...]. With several processes
+    each passes its own rows.
     """
-    sharding = NamedSharding(mesh, PartitionSpec(None, "data"))
+    sharding = NamedSharding(mesh, PartitionSpec(*[None] * rows, "data"))
     return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, np.asarray(a)),
                         batches)
 

@@ -15,19 +15,23 @@ NOTES = ("config.json", "plan.json", "record.json", "failure.json", "environment
 """the files that a run, a sweep and a study leave outside sealed folders"""
 
 
-def bench(what: Positional[Literal["machine", "train", "decode", "sweep"]],
+def bench(what: Positional[Literal["machine", "train", "decode", "population", "sweep"]],
           shapes: tuple[str, ...] = ("s", "m", "l", "xl"), models: int = 1, rounds: int = 5,
-          compute: Literal["f32", "bf16"] = "f32",
+          compute: Literal["f32", "bf16"] = "f32", sizes: tuple[int, ...] = (1, 8, 32, 64),
+          widths: tuple[int, ...] = (64, 128, 256), tokens: int = 8192,
           preset: Literal["smoke", "laptop", "overnight", "accelerator"] = "laptop",
           scale: float = 0.02, corpus: tuple[str, ...] = (), json: bool = False) -> None:
-    """Time this machine's matrix products, training, decoding or a whole sweep.
+    """Time matrix products, training, decoding, many models trained together or a whole sweep.
 
     Args:
         what: machine is the ceiling that the others are held against
         shapes: s, m, l or xl (tinylm/bench.py)
         models: for train: 1 model over all devices, or so many pinned processes with one each
         rounds: the median is over these, taken in turn
-        compute: for train and decode: the type of the products' operands
+        compute: for train, decode and population: the type of the products' operands
+        sizes: for population: members trained together
+        widths: for population: of the members
+        tokens: for population: of one member's step
         preset: for sweep: the study whose grid is trained, with a cold and then a warm cache
         scale: for sweep: the share of each run's steps that is trained
         corpus: for sweep: text files; none: the default corpus
@@ -42,6 +46,8 @@ def bench(what: Positional[Literal["machine", "train", "decode", "sweep"]],
             found = timed.train(shapes, models, rounds, compute=compute)
         case "decode":
             found = timed.generation(shapes, rounds=rounds, compute=compute)
+        case "population":
+            found = timed.population(sizes, widths, rounds, compute=compute, tokens=tokens)
         case "sweep":
             found = timed.sweep(preset, scale, corpus)
     progress.answer(found, json, (progress.swept if what == "sweep" else progress.benched)(found))

@@ -85,8 +85,8 @@ def sweep(out: Path, budgets: tuple[float, ...], widths: tuple[int, ...],
           corpus: tuple[str, ...] = (), field: str = "text", text: Path | None = None,
           model: ModelConfig = ModelConfig(), optim: OptimConfig = OptimConfig(),  # noqa: B008
           rule: RateRule = RateRule(), per_budget: int = 7, spread: float = 4.0,  # noqa: B008
-          batch: int = 512, seed: int = 0, trunks: bool = False, dry_run: bool = False,
-          json: bool = False) -> None:
+          batch: int = 512, seed: int = 0, population: int = 0, trunks: bool = False,
+          dry_run: bool = False, json: bool = False) -> None:
     """Train an isoFLOP grid: for each budget the widths around its expected best size.
 
     Args:
@@ -103,6 +103,7 @@ def sweep(out: Path, budgets: tuple[float, ...], widths: tuple[int, ...],
         spread: sizes lie within this factor of the expected best
         batch: tokens a step
         seed: of every run
+        population: runs of one shape trained together at most; 0: one on a CPU, else what fits
         trunks: runs of one width share warmup and stable phase, at one rate
         dry_run: print every run with its cost and stop
         json: print the records on the last line
@@ -118,7 +119,7 @@ def sweep(out: Path, budgets: tuple[float, ...], widths: tuple[int, ...],
     for one in runs:
         pretrain.check(one, data, machine.Plan())
     with progress.live("sweep") as watch:
-        records = runner.sweep(out / "runs", runs, data.folder, watch)
+        records = runner.sweep(out / "runs", runs, data.folder, watch, population)
     failed = wanted - sum(r["status"] == "ok" for r in records)
     progress.answer({"runs": records, "failed": failed, "saved_share": saved(runs)}, json,
                     f"{wanted - failed} runs ok, {failed} not" + (
