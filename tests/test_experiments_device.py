@@ -19,6 +19,7 @@ def checks(monkeypatch):
     return device_checks
 
 
+@pytest.mark.slow
 def test_every_check_is_a_row_and_one_that_fails_stops_none(tmp_path, monkeypatch, checks):
     def full(sizes):
         raise RuntimeError("RESOURCE_EXHAUSTED: no memory\nand a long tale")

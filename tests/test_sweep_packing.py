@@ -72,6 +72,7 @@ def test_a_population_is_no_larger_than_memory_holds(runs, vmap):
     assert (two == 2 * one) == vmap
 
 
+@pytest.mark.slow
 def test_a_sweep_trained_as_populations_has_the_bits_of_one_trained_alone(
         tmp_path, monkeypatch, config, data):  # noqa: F811
     monkeypatch.setattr(machine, "cores", lambda: [0])
