@@ -118,7 +118,7 @@ def test_each_shape_has_one_worker_and_who_is_done_helps_the_others(config):  # 
     other = ["D12 80", "D8 100", "D8 90", "D8 2"]
     assert worker.share(runs, 2, 0) == one + other and worker.share(runs, 2, 1) == other + one
     longest = sorted(runs, key=lambda n: -runs[n].flops)
-    assert worker.share(runs, 1, 0) == longest == worker.share(runs, 4, 2)
+    assert worker.share(runs, 1, 0) == longest == worker.share(runs, 9, 8)
 
 
 def test_seconds_outside_runs_are_waiting(whole):

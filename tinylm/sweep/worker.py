@@ -21,8 +21,6 @@ from tinylm.config import BadInput, from_json, identity
 
 PATIENCE = 10.0
 """seconds to wait for runs that others hold and do not finish"""
-FEW = 4
-"""shapes a worker under which a shape belongs to nobody"""
 PAUSE = 0.2
 """seconds between two looks for something to do"""
 
@@ -42,15 +40,11 @@ def share(runs: dict[str, Any], workers: int, index: int) -> list[str]:
 
     Runs of one shape share a compiled program, so a shape has one worker: the shapes are dealt out
     from the longest, each to who has least to do. Own runs and those of others go longest first.
-    Where shapes are few, whole ones do not balance (3% more time with 17 over 8 workers, LOG.md):
-    then all runs are everybody's.
     """
     shapes: dict[Any, list[str]] = {}
     for name, c in runs.items():
         shapes.setdefault((c.model, c.optim.program, c.batch), []).append(name)
     cost = {name: c.spent for name, c in runs.items()}
-    if len(shapes) < FEW * workers:
-        return sorted(runs, key=lambda n: -cost[n])
     dealt: list[list[str]] = [[] for _ in range(workers)]
     for names in sorted(shapes.values(), key=lambda names: -sum(cost[n] for n in names)):
         min(dealt, key=lambda have: sum(cost[n] for n in have)).extend(names)
