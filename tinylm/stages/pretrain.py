@@ -52,8 +52,6 @@ class PretrainConfig:
     """tokens a step"""
     seed: int = 0
     """of the initial parameters and of the order of the data"""
-    init_scale: float = 1.0
-    """factor on the standard deviations of the initial parameters"""
     data_id: str = ""
     """identity of the dataset, its tokenizer included"""
     forecast_sha256: str = ""
@@ -62,6 +60,8 @@ class PretrainConfig:
     """of a branch"""
     branches: tuple[int, ...] = ()
     """of a trunk: the steps whose checkpoints are kept for branches"""
+    init_scale: float = 1.0
+    """factor on the standard deviations of the initial parameters"""
 
     def __post_init__(self):
         if self.steps < 1:
