@@ -8,7 +8,7 @@ command    python experiments/peers.py --nanogpt CHECKOUT --out studies/peers
 cost       about 5 minutes a shape on two cores, most of it torch compiling
 expected   to compiled bf16 at least 2.0, 1.4, 1.15, .95 times at s, m, l, xl; to tuned torch 1.6,
            1.15, 1.0, .9; decoding 12 and 25 times at batch 1 and 64
-result     experiments/results/peers.json
+result     not recorded whole yet; one shape, on a busy machine: LOG.md
 """
 
 import dataclasses

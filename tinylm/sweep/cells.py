@@ -44,7 +44,7 @@ def check_tokens(study: Study, models: Sequence[ModelConfig], data: Dataset) -> 
     target = cell(study.target, nearest(models, centre(study.target)).shape, study.batch)
     need, held = max(c.tokens for c in [*largest, target]), len(data.train)
     if need > MOST_EPOCHS * held:
-        read = [r["name"] for r in data.facts["read"]]
+        read = [r["name"] for r in data.facts["read"] if not r["name"].startswith("(")]
         names = ", ".join(read[:3]) + (f" and {len(read) - 3} more" if read[3:] else "")
         raise BadInput(f"the {study.name} study trains a run on {need:.3g} tokens and {names} "
                        f"hold {held:.3g}, of which {MOST_EPOCHS:g} epochs are allowed; bring "
