@@ -19,6 +19,7 @@ from tinylm import files, machine
 machine.pin(devices=max(2, len(machine.cores())))
 
 from tinylm.__main__ import arguments, guarded  # noqa: E402  (JAX must start pinned)
+from tinylm.config import BadInput  # noqa: E402
 from tinylm.evaluate import baselines, samples  # noqa: E402
 from tinylm.laws import forecast  # noqa: E402
 from tinylm.laws.plan import cell  # noqa: E402
@@ -103,7 +104,6 @@ def main(args: Args) -> int:
         record = pretrain(out / "target", config, data, plan, event)
     score = forecast.check(place, record)
     files.write_json(out / "score.json", score._asdict())
-    forecast.append_to_ledger(out.parent / "forecasts.csv", score)
     say(progress.score(score))
 
     packed = stage.pack_splits(corpus, tokenizer, base.T, study.sft_steps)
@@ -114,8 +114,13 @@ def main(args: Args) -> int:
         stage.sft(out / "chat", tuned, out / "target", *packed, data, plan, event)
     pair = [stage.load_params(out / name, config.model) for name in ("target", "chat")]
     samples.write(out / "samples.json", config.model, *pair, tokenizer)
-    book = notebook.execute(Path(__file__).parents[1] / "notebooks/study.py", out)
-    say(f"report: {report.write(out)}" + (f"\nnotebook: {book}" if book else ""))
+    say(f"report: {report.write(out)}")
+    try:
+        forecast.append_to_ledger(out.resolve().parent / "forecasts.csv", score)
+    except (OSError, BadInput) as fault:
+        say(f"the score is in {out / 'score.json'} and in no ledger: {fault}")
+    if book := notebook.execute(Path(__file__).parents[1] / "notebooks/study.py", out):
+        say(f"notebook: {book}")
     return 0
 
 

@@ -158,3 +158,10 @@ def test_recomputed_layers_keep_less_for_the_way_back():
 
     plain, less = (temporary(machine.Plan(remat=r, unroll=False)) for r in (False, True))
     assert less < 0.7 * plain
+
+
+@pytest.mark.parametrize("wrong", [{"K": -2}, {"F": -8}, {"G": -1}, {"rope_theta": float("nan")},
+                                   {"rope_theta": 0.0}])
+def test_impossible_shapes_are_refused_by_name(wrong):
+    with pytest.raises(BadInput, match=f"{next(iter(wrong))}=.* is not within"):
+        ModelConfig(**wrong)

@@ -239,3 +239,13 @@ def test_an_alphabet_larger_than_v_is_spelt_in_half_bytes_not_refused():
     learnt = tokenizer.train(texts, 300)
     assert learnt.V == 300
     assert learnt.decode(learnt.encode(texts[0])) == texts[0]
+
+
+@pytest.mark.parametrize("spaces", [0, 1, 80])
+def test_spaces_survive_where_the_text_has_few_or_none(spaces):
+    rng = np.random.default_rng(0)
+    letters = rng.choice(list("0123456789abcdef"), 20_000)
+    letters[rng.choice(20_000, spaces, replace=False)] = " "
+    learnt = tokenizer.train(["".join(letters)], 64)
+    for text in ("a b", " ", "  ab  c ", "a\u2581b c"):
+        assert learnt.decode(learnt.encode(text)) == text

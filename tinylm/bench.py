@@ -57,6 +57,9 @@ class Rate(NamedTuple):
 
 def interleaved(tasks: dict[str, Callable[[], float]], rounds: int) -> dict[str, Rate]:
     """Run every task once unmeasured, then `rounds` times in turn; each returns its rate."""
+    require("rounds", rounds, 1, 1e6)
+    if not tasks:
+        raise BadInput("nothing is asked for; name a shape, size or batch")
     for task in tasks.values():
         task()
     found: dict[str, list[float]] = {name: [] for name in tasks}

@@ -72,6 +72,9 @@ def propose(flops: float, shapes: list[Shape], device: Device, per_budget: int =
     The last budget is a seventh of the larger run's. `law` is what the losses are assumed to
     follow and `noise` a run's standard deviation as a share of the loss.
     """
+    require("per_budget", per_budget, 1, 1e6)
+    require("noise", noise, 0, 1e6)
+    require("dollars_per_hour", dollars_per_hour, 0, 1e12)
     steps = np.geomspace(0.01, 1.0, 5)
     top = SWEEP_SHARE * flops / per_budget / steps.sum()
     cells = isoflop_grid((top * steps).tolist(), shapes, per_budget, spread, batch_tokens)
@@ -136,6 +139,7 @@ def isoflop_grid(budgets: list[float], shapes: list[Shape], per_budget: int, spr
 
 def cell(budget: float, shape: Shape, batch_tokens: int) -> Cell:
     """Give the run of one shape that comes closest to a budget in whole steps."""
+    require("batch", batch_tokens, 1, 1e12)
     each = flops_per_token(shape)
     steps = round(budget / each / batch_tokens)
     if steps < 1:

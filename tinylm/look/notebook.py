@@ -13,7 +13,7 @@ SECONDS = 120  # the longest a cell may take
 def execute(source: Path, folder: Path, place: Path | None = None) -> Path | None:
     """Run `source` on the study in `folder` into `place`, study.ipynb there unless given.
 
-    Without the `notebooks` extra that is said and None returned.
+    Without the `notebooks` extra, or where it fails, that is said and None returned.
 
     The kernel is the running interpreter, whatever kernels are installed, and keeps its own files
     in a temporary folder; the notebook finds the study through TINYLM_STUDY.
@@ -23,6 +23,8 @@ def execute(source: Path, folder: Path, place: Path | None = None) -> Path | Non
         import nbformat
         from jupyter_client.kernelspec import KernelSpecManager
         from nbclient import NotebookClient
+        from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+        from zmq import ZMQError
     except ImportError as missing:
         progress.say(f"no notebook: {missing.name} is not installed; "
                      "pip install 'tinylm\\[notebooks]'")
@@ -40,7 +42,12 @@ def execute(source: Path, folder: Path, place: Path | None = None) -> Path | Non
         kernel = client.create_kernel_manager()
         kernel.kernel_spec_manager = KernelSpecManager(kernel_dirs=[])  # python3 is then ours
         kernel.transport, kernel.connection_file = "ipc", str(Path(own) / "kernel.json")
-        client.execute(env=env)
+        try:
+            client.execute(env=env)
+        except (CellExecutionError, CellTimeoutError, DeadKernelError, RuntimeError,
+                ZMQError) as fault:
+            progress.say(f"no notebook: {str(fault).strip().splitlines()[-1]}")
+            return None
     place = place or Path(folder) / "study.ipynb"
     files.write_text(place, nbformat.writes(book) + "\n")
     return place

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Float, Int
 
-from tinylm.config import BadInput
+from tinylm.config import BadInput, require
 from tinylm.laws.accounting import Shape
 from tinylm.machine import PLAIN, Plan
 from tinylm.model.attention import KeyValue
@@ -60,6 +60,9 @@ class ModelConfig:
         for name in ("V", "D", "L", "H", "T"):
             if getattr(self, name) < 1:
                 raise BadInput(f"{name}={getattr(self, name)} is below 1; choose 1 or more")
+        for name in ("K", "F", "G"):
+            require(name, getattr(self, name), 0, 1e6)
+        require("rope_theta", self.rope_theta, 1.0, 1e30)
         if self.V > 65536:
             raise BadInput(f"V={self.V} is above 65536, which a token file holds; choose less")
         if not self.K and self.D % self.H:

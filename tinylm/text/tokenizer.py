@@ -36,6 +36,8 @@ ROOMY = 256  # from this V on, a large alphabet is spelt in half-bytes rather th
 _BYTES = 256
 # Sentencepiece's marks for a space and the unknown, NUL, and what is not UTF-8.
 _UNSAFE = re.compile("([\0\u2581\u2585\ud800-\udfff]+)")
+# A space that is no piece would be spelt as sentencepiece's mark for it.
+_UNSAFE_SPACE = re.compile("([\0 \u2581\u2585\ud800-\udfff]+)")
 _STRAY = "\ufffd".encode()
 
 
@@ -58,6 +60,8 @@ class Tokenizer:
     def __init__(self, model: bytes):
         self._model = model
         self._spm = sentencepiece.SentencePieceProcessor(model_proto=model)
+        spaced = self._spm.piece_to_id("\u2581") != self._spm.unk_id()
+        self._unsafe = _UNSAFE if spaced else _UNSAFE_SPACE
         size = self._spm.get_piece_size()
         names = [self._spm.id_to_piece(i) for i in range(size)]
         bytes_at = [i for i in range(size) if self._spm.is_byte(i)]
@@ -77,7 +81,7 @@ class Tokenizer:
     def encode(self, text: str) -> np.ndarray:
         """Give the ids (int32) of any text; none of them is a control id."""
         out = []
-        for n, part in enumerate(_UNSAFE.split(text)):
+        for n, part in enumerate(self._unsafe.split(text)):
             if n % 2:
                 out.append(_halves(np.frombuffer(part.encode("utf-8", "surrogatepass"), np.uint8)))
             else:

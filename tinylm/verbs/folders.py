@@ -35,8 +35,11 @@ def plan_of(out: Path, rows: int, model: "ModelConfig", devices: int = 0) -> mac
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
-    found = run.table(sorted(p.parent for p in folder.rglob("record.json")))
-    found = [r for r in found if r["kind"] in ("pretrain", "branch")]
+    """Read a sweep's transformers (of a study its sweep's), but for those that test a forecast."""
+    inside = folder / "sweep" if (folder / "sweep").is_dir() else folder
+    found = [r for r in run.table(sorted(p.parent for p in inside.rglob("record.json")))
+             if r["kind"] in ("pretrain", "branch") and not r["config"]["forecast_sha256"]
+             and r["config"]["model"]["kind"] == "transformer"]
     if not found:
         raise BadInput(f"{folder} holds no finished runs; give the folder of a sweep")
     return found

@@ -50,11 +50,11 @@ def chat(target: Positional[Path], prompt: str = "", system: str = "", seed: int
     params = tuning.load_params(target, config)
     tuned = folders.finished(target)["kind"] == "sft"
     said: list[tuple[str, str]] = []
-    for message in [prompt] if prompt else _typed():
+    for turn, message in enumerate([prompt] if prompt else _typed()):
         said.append(("user", message))
         ids, said = _prompt(said, system, learnt, config.T, tuned)
         try:
-            answer = _stream(params, config, learnt, ids, config.T, seed + len(said), temperature)
+            answer = _stream(params, config, learnt, ids, config.T, seed + turn, temperature)
         except BadInput as refusal:
             if prompt:
                 raise
