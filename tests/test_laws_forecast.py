@@ -115,14 +115,6 @@ def test_a_newer_schema_is_refused(one, tmp_path):
         forecast.read(tmp_path / "f.json")
 
 
-def test_a_forecast_of_the_first_schema_is_read_as_one_without_parts(one, tmp_path):
-    old = {k: v for k, v in to_json(one).items()
-           if k not in ("weights", "parts", "coverage", "warning")}
-    files.write_json(tmp_path / "f.json", {**old, "schema": 1})
-    got = forecast.read(tmp_path / "f.json")
-    assert got == dataclasses.replace(one, schema=1, weights={}, parts={}, coverage="", warning="")
-
-
 def test_a_score_says_by_how_much_and_whether_inside(one, tmp_path):
     sha = forecast.write(tmp_path / "f.json", one)
     score = forecast.check(tmp_path / "f.json", record(sha, one.predicted / 1.002))

@@ -1,4 +1,4 @@
-"""Frozen dataclasses as configs: strict JSON in and out, override by dotted name, and ids.
+"""Frozen dataclasses as configs: strict JSON in and out, and ids.
 
 An id is the sha256 of the canonical JSON of the fields that differ from their default, plus the
 schema number: adding a field with a default keeps every old id. Standard library only.
@@ -43,19 +43,6 @@ def from_json(cls: type[T], values: dict[str, Any], where: str = "config") -> T:
         return cls(**kept)
     except TypeError as missing:
         raise BadInput(f"{where} is incomplete: {missing}") from None
-
-
-def override(config: T, **changes: Any) -> T:
-    """Replace fields by dotted name: `override(c, **{"model.D": 64})`."""
-    for dotted, value in changes.items():
-        head, _, rest = dotted.partition(".")
-        names = [f.name for f in dataclasses.fields(config)]
-        if head not in names:
-            raise BadInput(f"{type(config).__name__} has no field {head!r}; it has {names}")
-        child = getattr(config, head)
-        new = override(child, **{rest: value}) if rest else value
-        config = dataclasses.replace(config, **{head: new})
-    return config
 
 
 def require(name: str, value: float, low: float, high: float) -> None:

@@ -23,9 +23,9 @@ EACH = 2
 LONGEST = 60
 
 
-def side_by_side(model: ModelConfig, base: Params, chat: Params,
-                 tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    """Sample EACH answers to every prompt from both, seed 0, temperature 0.8.
+def write(path: Path, model: ModelConfig, base: Params, chat: Params,
+          tokenizer: Tokenizer) -> None:
+    """Write EACH answers of both to every prompt as JSON, seed 0, temperature 0.8.
 
     The base model continues the prompt as plain text; the chat model gets the template.
     """
@@ -39,10 +39,4 @@ def side_by_side(model: ModelConfig, base: Params, chat: Params,
             out.append({"model": name, "prompt": PROMPTS[n % len(PROMPTS)],
                         "text": tokenizer.decode(ids), "tokens": len(ids),
                         "ended": bool(len(ids) and ids[-1] == END)})
-    return out
-
-
-def write(path: Path, model: ModelConfig, base: Params, chat: Params,
-          tokenizer: Tokenizer) -> None:
-    """Write the samples as JSON."""
-    files.write_json(path, {"samples": side_by_side(model, base, chat, tokenizer)})
+    files.write_json(path, {"samples": out})

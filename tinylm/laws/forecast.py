@@ -22,7 +22,7 @@ from tinylm.laws.fit import fit_frontier
 from tinylm.laws.isoflop import Minimum, group
 from tinylm.laws.runs import Runs
 
-SCHEMA = 2  # 1 had no weights, parts, coverage, warning
+SCHEMA = 2
 
 
 class Best(NamedTuple):
@@ -136,14 +136,11 @@ def write(path: Path, forecast: Forecast) -> str:
 
 
 def read(path: Path) -> Forecast:
-    """Read a forecast; one of schema 1 has no weights, parts, coverage; others raise BadInput."""
+    """Read a forecast; one of another schema raises BadInput."""
     values = files.read_json(path)
-    schema = values.get("schema") if isinstance(values, dict) else None
-    if schema not in (1, SCHEMA):
-        raise BadInput(f"{path} has schema {schema}, this version reads 1 to {SCHEMA}; "
-                       "update tinylm")
-    if schema == 1:
-        values = {**values, "weights": {}, "parts": {}, "coverage": "", "warning": ""}
+    if (schema := values.get("schema")) != SCHEMA:
+        raise BadInput(f"{path} has schema {schema}, this version reads {SCHEMA}; use the tinylm "
+                       "that wrote it")
     return from_json(Forecast, values, str(path))
 
 

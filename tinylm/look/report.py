@@ -58,13 +58,12 @@ def warnings(study: Study) -> str:
 def headline(study: Study) -> str:
     """Put forecast beside outcome."""
     s, f = study.part("score.json"), study.part("forecast.json")
-    f = {"warning": "", "coverage": "", **f}  # schema 1 had neither
     return p(f"Forecast {s['predicted']:.4f} nats per token, measured {s['measured']:.4f}: the "
              f"forecast erred by {s['error_percent']:+.2f}%, and the outcome lies "
              f"{'inside' if s['inside'] else 'OUTSIDE'} its interval, {s['low']:.4f} to "
              f"{s['high']:.4f}.", "big") + (
         p(f"Warning: {f['warning']}.", "warn") if f["warning"] else "") + p(
-        f"Of the interval: {f['coverage'] or 'its coverage was not measured'}.") + p(
+        f"Of the interval: {f['coverage']}.") + p(
         f"A straight line through the last two minima would have erred by "
         f"{s['naive_error_percent']:+.2f}%. This is the study “{s['name']}”: its held-out run took "
         f"{scientific(s['target_flops'])} FLOPs on {f['target_params']:,.0f} parameters and "

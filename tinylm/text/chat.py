@@ -28,7 +28,6 @@ class Packed(NamedTuple):
     tokens: np.ndarray  # int32[rows, T + 1], filled with <|pad|>
     mask: np.ndarray  # float32[rows, T]: 1 where predicting tokens[:, t + 1] at t is supervised
     segments: np.ndarray  # int32[rows, T + 1]: 0 for pad, then 1, 2, ... by conversation in the row
-    positions: np.ndarray  # int32[rows, T + 1]: the position within its conversation
     dropped: int  # conversations left out because no supervised turn fits
 
 
@@ -110,11 +109,11 @@ def pack(rendered: Sequence[tuple[np.ndarray, np.ndarray]], T: int) -> Packed:
         space[row] -= kept
     tokens = np.full((len(space), T + 1), PAD, np.int32)
     supervised = np.zeros((len(space), T + 1), np.float32)
-    segments, positions = np.zeros_like(tokens), np.zeros_like(tokens)
+    segments = np.zeros_like(tokens)
     for row, here, ids, mask in placed:
         tokens[row, here], supervised[row, here] = ids, mask
-        segments[row, here], positions[row, here] = segments[row].max() + 1, np.arange(len(ids))
-    return Packed(tokens, supervised[:, 1:], segments, positions, len(rendered) - len(placed))
+        segments[row, here] = segments[row].max() + 1
+    return Packed(tokens, supervised[:, 1:], segments, len(rendered) - len(placed))
 
 
 def _answers(mask: np.ndarray) -> np.ndarray:

@@ -93,18 +93,6 @@ class Tokenizer:
 
         Half-bytes without a partner and bytes that are not UTF-8 become U+FFFD.
         """
-        data = self.decode_bytes(ids, control, final=True)
-        try:
-            return data.decode("utf-8", "surrogatepass")
-        except UnicodeDecodeError:
-            return data.decode("utf-8", "replace")
-
-    def decode_bytes(self, ids: Iterable[int], control: bool = False,
-                     final: bool = False) -> bytes:
-        """Give the bytes of ids, for streaming: those of more ids begin with these.
-
-        The end may lie inside a character; a last lone half-byte waits, unless `final`.
-        """
         out: list[bytes] = []
         high = -1
         for i in np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), int).tolist():
@@ -125,7 +113,11 @@ class Tokenizer:
                 out.append(self._pieces[i - FIRST])
             elif control:
                 out.append(CONTROL[i].encode())
-        return b"".join(out) + (_STRAY if final and high >= 0 else b"")
+        data = b"".join(out) + (_STRAY if high >= 0 else b"")
+        try:
+            return data.decode("utf-8", "surrogatepass")
+        except UnicodeDecodeError:
+            return data.decode("utf-8", "replace")
 
     def piece(self, id: int) -> str:
         """Give a readable name of one id: a control's name, `<half 4>`, or the piece's text."""
