@@ -60,6 +60,17 @@ def test_every_harm_to_a_sealed_folder_is_named(tmp_path, harm):
         files.verified(tmp_path / "out")
 
 
+def test_a_damaged_folder_is_told_in_one_line_with_one_path_and_one_remedy(tmp_path):
+    for text in (None, "[", '{"files": 3}'):
+        if text:
+            (tmp_path / files.MANIFEST).write_text(text)
+        with pytest.raises(files.Damaged) as told:
+            files.verified(tmp_path)
+        words = str(told.value)
+        assert words.count(files.MANIFEST) == 1 and words.count(";") == 1
+        assert words.endswith(f"; delete {tmp_path} and run again")
+
+
 @pytest.mark.parametrize("text", ["", "[", '{"files": 3}', '{"files": {"a": 1}}', "[" * 100_000])
 def test_a_hostile_manifest_is_damaged_not_a_traceback(tmp_path, text):
     (tmp_path / files.MANIFEST).write_text(text)

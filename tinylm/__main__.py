@@ -7,6 +7,7 @@ import contextlib
 import errno
 import functools
 import io
+import itertools
 import os
 import re
 import signal
@@ -55,6 +56,10 @@ def guarded(action: Callable[[], int]) -> int:
 
 def arguments(parse: Callable[[], Any]) -> Any:
     """Let tyro read argv; what it refuses becomes one line (BadInput) instead of a box."""
+    for flag, after in itertools.pairwise([*sys.argv, "--"]):
+        if flag in ("--corpus", "--data") and after.startswith("--"):
+            raise BadInput(f"{flag} names no file; name one or more, or leave {flag} out for the "
+                           "default")
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):

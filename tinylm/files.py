@@ -176,13 +176,15 @@ def seal(folder: Path, **facts: Any) -> None:
 
 
 def problems(folder: Path) -> list[str]:
-    """List in words every way in which a sealed folder differs from its manifest."""
+    """List in words every way in which a sealed folder differs from its manifest; no remedies."""
     folder = Path(folder)
     try:
         manifest = read_json(folder / MANIFEST)
         listed = {str(k): (v["bytes"], v["sha256"]) for k, v in manifest["files"].items()}
-    except (Damaged, KeyError, TypeError, AttributeError) as bad:
-        return [f"{folder / MANIFEST}: {bad}"]
+    except Damaged as bad:
+        return [str(bad).rpartition(";")[0]]
+    except (KeyError, TypeError, AttributeError):
+        return [f"{folder / MANIFEST} does not list files by size and sha256"]
     found = {str(p.relative_to(folder)): p for p in _below(folder)}
     out = [f"{folder / name} is missing" for name in listed if name not in found]
     out += [f"{folder / name} is not in the manifest" for name in found if name not in listed]

@@ -56,12 +56,13 @@ def bar(title: str, steps: int = 0) -> Iterator[Callable[..., None]]:
 
 @contextlib.contextmanager
 def live(title: str) -> Iterator[Callable[["SweepProgress"], None]]:
-    """Show a sweep's live table; without a terminal, a line now and then."""
+    """Show a sweep's live table; without a terminal, a line now and then. The last one stays."""
+    said, last = 0.0, None
     with Live(console=console, refresh_per_second=2, transient=True) as shown:
-        said = 0.0
 
         def watch(p: "SweepProgress") -> None:
-            nonlocal said
+            nonlocal said, last
+            last = p
             if console.is_terminal:
                 shown.update(_sweep_table(title, p))
             elif time.monotonic() - said > QUIET_SECONDS:
@@ -69,6 +70,8 @@ def live(title: str) -> Iterator[Callable[["SweepProgress"], None]]:
                 console.print(_sweep_line(title, p))
 
         yield watch
+    if last is not None:  # runs that were finished before show none
+        console.print(_sweep_table(title, last))
 
 
 def _sweep_line(title: str, p: "SweepProgress") -> str:
