@@ -27,7 +27,7 @@ def test_the_printed_flags_give_the_ladders_model_and_the_rules_rate(tmp_path):
     flags = train_flags(tmp_path, records, model, target, LAPTOP.batch)
 
     def taken(out: str, text: Path, model: ModelConfig = ModelConfig(),  # noqa: B008
-              optim: OptimConfig = OptimConfig(), steps: int = 1, batch: int = 1):  # noqa: B008
+              optim: OptimConfig = OptimConfig(), steps: int = 1000, batch: int = 512):  # noqa: B008
         return PretrainConfig(model, optim, steps, batch)
 
     got = tyro.cli(taken, args=shlex.split("--out x " + flags))

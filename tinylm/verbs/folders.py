@@ -1,19 +1,17 @@
-"""What the verbs open: prepared text, the plan of a run, finished runs with their tokenizer."""
+"""What the verbs open without JAX: prepared text, the plan of a run, finished runs."""
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tinylm import files, machine
-from tinylm.config import BadInput, from_json
+from tinylm.config import BadInput
+from tinylm.laws.accounting import Shape
 from tinylm.look import progress
 from tinylm.text import corpora, prepare
 from tinylm.text.shards import Dataset, open_dataset
 from tinylm.text.tokenizer import Tokenizer
 from tinylm.train import run
-
-if TYPE_CHECKING:
-    from tinylm.model.decoder import ModelConfig
 
 
 def prepared(folder: Path, corpus: tuple[str, ...], field: str, V: int,
@@ -28,10 +26,10 @@ def prepared(folder: Path, corpus: tuple[str, ...], field: str, V: int,
         return prepare.prepare(folder, loaded, V, event)
 
 
-def plan_of(out: Path, rows: int, model: "ModelConfig", devices: int = 0) -> machine.Plan:
+def plan_of(out: Path, rows: int, shape: Shape, devices: int = 0) -> machine.Plan:
     if (bound := run.planned(out)) is not None:
         return bound
-    return machine.plan_for(rows, model.T, model.D, *machine.survey(), devices)
+    return machine.plan_for(rows, shape.T, shape.D, *machine.survey(), devices)
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
@@ -45,25 +43,16 @@ def records(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
+def text_of(folder: Path) -> Path:
+    """Give the prepared folder of the runs in a folder; `TEXT` where none of them names it."""
+    for place in sorted(folder.rglob("environment.json")):
+        if link := files.read_json(place).get("text", ""):
+            return Path(os.path.relpath(place.parent.absolute() / link))
+    return Path("TEXT")
+
+
 def finished(folder: Path) -> dict[str, Any]:
     record = run.record(folder)
     if record is None:
         raise BadInput(f"{folder} is no finished run (no record.json); train it first")
     return record
-
-
-def opened(folder: Path, text: Path | None) -> tuple["ModelConfig", Dataset, Tokenizer]:
-    """Open a finished run's model config, token files and tokenizer."""
-    from tinylm.model.decoder import ModelConfig
-
-    record = finished(folder)
-    link = files.read_json(folder / "environment.json").get("text", "")
-    place = text or Path(os.path.normpath(folder.absolute() / link))
-    if not (place / "tokenizer").exists():
-        raise BadInput(f"{place} holds no tokenizer; give the run's prepared folder with --text")
-    learnt = prepare.open_tokenizer(place)
-    if learnt.id != record["tokenizer_id"]:
-        raise BadInput(f"{place} has tokenizer {learnt.id}, the run {record['tokenizer_id']}; "
-                       "give the prepared folder it was trained on with --text")
-    model = from_json(ModelConfig, record["config"]["model"], "model")
-    return model, open_dataset(place / "tokens"), learnt

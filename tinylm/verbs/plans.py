@@ -1,25 +1,28 @@
 """Verbs of what is not trained yet: forecast, plan."""
 
+import math
 import shlex
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tyro.conf import Positional
 
-from tinylm.config import BadInput, from_json, require, to_json
+from tinylm.config import BadInput, from_json, require
 from tinylm.laws import accounting
 from tinylm.laws import forecast as forecasts
 from tinylm.laws import plan as planning
 from tinylm.laws.plan import Cell, cell
 from tinylm.look import progress
 from tinylm.model.decoder import ModelConfig
+from tinylm.stages.pretrain import PretrainConfig
 from tinylm.sweep import cells, law
-from tinylm.train.optim import OptimConfig
+from tinylm.sweep.presets import RateRule
 from tinylm.verbs import folders
 
 
-def forecast(runs: Positional[Path], flops: float, out: Path, D: int = 0, batch: int = 512,
+def forecast(runs: Positional[Path], flops: float, out: Path, D: int = 0, batch: int = 0,
              tuning: Path | None = None, json: bool = False) -> None:
     """Write down the loss to expect of a larger run, before it is trained.
 
@@ -28,7 +31,7 @@ def forecast(runs: Positional[Path], flops: float, out: Path, D: int = 0, batch:
         flops: training FLOPs of the target
         out: the forecast file to write, never overwritten
         D: width of the target; 0 takes the best by the fitted exponents
-        batch: tokens a step
+        batch: tokens a step; 0 takes the sweep's
         tuning: folder of runs of the same sizes at several learning rates
         json: print the forecast on the last line
     """
@@ -36,6 +39,7 @@ def forecast(runs: Positional[Path], flops: float, out: Path, D: int = 0, batch:
     records = folders.records(runs)
     table, ids, eval_id = law.runs_of(records)
     base = from_json(ModelConfig, records[0]["config"]["model"], "model")
+    batch = batch or records[0]["config"]["batch"]
     widths = [D] if D else range(base.H * 2, 64 * base.H * 2, base.H * 2)
     best = cells.nearest(cells.ladder(base, widths), cells.best_params(law.fit(records), flops))
     target = cell(flops, best.shape, batch)
@@ -52,24 +56,10 @@ def forecast(runs: Positional[Path], flops: float, out: Path, D: int = 0, batch:
 
 def train_flags(runs: Path, records: list[dict], model: ModelConfig, target: Cell,
                 batch: int) -> str:
-    """Give the flags by which `tinylm train` trains the target as the sweep trained its runs.
-
-    The rate continues the line, in logs, of the runs' rates over their tokens: the sweep's rule.
-    """
-    optim = from_json(OptimConfig, records[0]["config"]["optim"], "optim")
-    tokens, rates = np.log([(r["tokens"], r["config"]["optim"]["lr"]) for r in records]).T
-    rule = np.polyfit(tokens, rates, 1) if np.ptp(tokens) > 0 else [0.0, rates[0]]
-    rate = float(np.exp(np.polyval(rule, np.log(target.tokens))))
-    flags = {f"{kind}.{name}": value for kind, one, default in (
-        ("model", model, ModelConfig()), ("optim", replace(optim, lr=rate), OptimConfig()))
-        for name, value in to_json(one).items() if value != to_json(default)[name] or name == "D"}
-    flags |= {"batch": batch, "steps": target.steps}
-    text = ["--text", str(runs / "text")] if (runs / "text").exists() else []
-    told = [word for name, value in flags.items() for word in (
-        [f"--{name.partition('.')[0]}.{'' if value else 'no-'}{name.partition('.')[2]}"]
-        if isinstance(value, bool) else
-        [f"--{name}", f"{value:.6g}" if isinstance(value, float) else str(value)])]
-    return shlex.join([*text, *told])
+    """Give the flags by which `tinylm train` trains the target as the sweep trained its runs."""
+    swept = [from_json(PretrainConfig, r["config"], "config") for r in records]
+    config = lone(swept, model, target.steps, batch)
+    return shlex.join(["--text", str(folders.text_of(runs)), *_flags(config, PretrainConfig())])
 
 
 def plan(flops: float, device: str = "H200", dollars_per_hour: float = 0.0,
@@ -104,3 +94,44 @@ def plan(flops: float, device: str = "H200", dollars_per_hour: float = 0.0,
             "expected": {**made.expected._asdict(), "form_risk": made.expected.form_risk},
             "sweep": made.sweep._asdict(), "run": made.run._asdict()}
     progress.answer(told, json, progress.planned(made, device))
+
+
+def lone(swept: list[PretrainConfig], model: ModelConfig, steps: int,
+         batch: int) -> PretrainConfig:
+    """Give a larger run as a sweep would have trained it, by its own rule and without a trunk."""
+    one = min(swept, key=lambda c: c.parent is not None)
+    warmup = 0 if one.parent else one.optim.warmup_steps  # a trunk's was set for its family
+    lr = float(f"{rate_rule(swept)(steps * batch):.6g}")
+    return PretrainConfig(model, replace(one.optim, lr=lr, warmup_steps=warmup), steps, batch,
+                          one.seed)
+
+
+def rate_rule(swept: list[PretrainConfig]) -> RateRule:
+    """Read the rule that a sweep's rates follow: a line of ln rate over ln tokens.
+
+    Branches of one trunk have the rate of their horizons' geometric mean (sweep/trunks).
+    """
+    families: dict[object, list[PretrainConfig]] = {}
+    for n, c in enumerate(swept):
+        families.setdefault(c.parent.id if c.parent else n, []).append(c)
+    tokens, rates = np.array([(np.mean([math.log(c.tokens) for c in family]),
+                               math.log(family[0].optim.lr)) for family in families.values()]).T
+    middle, run = tokens.mean(), tokens - tokens.mean()
+    slope = float(run @ rates / (run @ run)) if run @ run else 0.0
+    return RateRule(math.exp(rates.mean()), math.exp(middle), -slope)
+
+
+def _flags(value: Any, default: Any, prefix: str = "--") -> list[str]:
+    """Give the flags of every field that differs from its default."""
+    out = []
+    for field in fields(value):
+        mine, usual, flag = getattr(value, field.name), getattr(default, field.name), field.name
+        if mine == usual:
+            continue
+        if is_dataclass(mine):
+            out += _flags(mine, usual, f"{prefix}{flag}.")
+        elif isinstance(mine, bool):
+            out.append(f"{prefix}{'' if mine else 'no-'}{flag}")
+        else:
+            out += [prefix + flag, str(mine)]
+    return out

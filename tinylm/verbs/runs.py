@@ -18,7 +18,7 @@ from tinylm.sweep.trunks import saved, shared
 from tinylm.text import corpora, prepare
 from tinylm.text.chat import pack, read_jsonl, render
 from tinylm.train.optim import OptimConfig
-from tinylm.verbs import folders
+from tinylm.verbs import folders, models
 
 
 def tokenizer(out: Path, corpus: tuple[str, ...] = (), field: str = "text", V: int = 1024,
@@ -73,7 +73,7 @@ def train(out: Path, corpus: tuple[str, ...] = (), field: str = "text", text: Pa
     if target and abs(config.flops / target - 1) > 0.01:
         raise BadInput(f"this run takes {config.flops:.4g} FLOPs and {forecast} is for "
                        f"{target:.4g}; choose the D and steps that `tinylm forecast` printed")
-    plan = folders.plan_of(out, config.rows, config.model, devices)
+    plan = folders.plan_of(out, config.rows, model.shape, devices)
     with progress.bar("train", steps) as event:
         record = pretrain.pretrain(out, config, data, plan, event)
     progress.answer(record, json, progress.result(record))
@@ -109,9 +109,9 @@ def sweep(out: Path, budgets: tuple[float, ...], widths: tuple[int, ...],
         json: print the records on the last line
     """
     data, _ = folders.prepared(text or out / "text", corpus, field, model.V, reuse=text is not None)
-    models = cells.ladder(model, widths)
-    chosen = cells.grid(models, budgets, per_budget, spread, batch)
-    runs = [cells.config(c, models, optim, rule, batch, data.id, seed) for c in chosen]
+    ladder = cells.ladder(model, widths)
+    chosen = cells.grid(ladder, budgets, per_budget, spread, batch)
+    runs = [cells.config(c, ladder, optim, rule, batch, data.id, seed) for c in chosen]
     wanted, runs = len(runs), shared(runs, rule) if trunks else runs
     if dry_run:
         progress.say(progress.listing({"sweep": runs}, data, 1e11))
@@ -147,11 +147,11 @@ def sft(parent: Positional[Path], out: Path, data: tuple[Path, ...] = (),
         seed: of the order of the rows
         json: print the record on the last line
     """
-    config, tokens, learnt = folders.opened(parent, text)
+    config, tokens, learnt = models.opened(parent, text)
     packed = _conversations(data, corpus, field, learnt, config.T, steps, rows)
     wanted = tuning.SftConfig(config, optim, folders.finished(parent)["id"],
                               tuning.conversations_id(*packed), steps, rows, seed)
-    plan = folders.plan_of(out, rows, config)
+    plan = folders.plan_of(out, rows, config.shape)
     with progress.bar("sft", steps) as event:
         record = tuning.sft(out, wanted, parent, *packed, tokens, plan, event)
     progress.answer(record, json, progress.result(record))
@@ -167,7 +167,7 @@ def evaluate(target: Positional[Path], text: Path | None = None, json: bool = Fa
         text: a prepared folder with the run's tokenizer; none: the run's own
         json: print the losses on the last line
     """
-    config, tokens, _ = folders.opened(target, text)
+    config, tokens, _ = models.opened(target, text)
     found = heldout.heldout(config, tuning.load_params(target, config), tokens)
     progress.answer({**found._asdict(), "eval_id": heldout.eval_id(tokens, config.T)}, json,
                     f"{found.nats_per_token:.4f} nats a token (se {found.stderr:.4f}), "

@@ -12,7 +12,7 @@ from tinylm.model import generate
 from tinylm.stages import sft as tuning
 from tinylm.text.chat import render
 from tinylm.text.tokenizer import BOS
-from tinylm.verbs import folders
+from tinylm.verbs import folders, models
 
 
 def sample(target: Positional[Path], prompt: str = "", count: int = 100, seed: int = 0,
@@ -27,7 +27,7 @@ def sample(target: Positional[Path], prompt: str = "", count: int = 100, seed: i
         temperature: 0 takes the likeliest token each time
         text: the prepared folder of the run, where it has moved
     """
-    config, _, learnt = folders.opened(target, text)
+    config, _, learnt = models.opened(target, text)
     ids = np.concatenate([[BOS], learnt.encode(prompt)])
     _stream(tuning.load_params(target, config), config, learnt, ids, count, seed, temperature)
 
@@ -46,7 +46,7 @@ def chat(target: Positional[Path], prompt: str = "", system: str = "", seed: int
         temperature: 0 takes the likeliest token each time
         text: the prepared folder of the run, where it has moved
     """
-    config, _, learnt = folders.opened(target, text)
+    config, _, learnt = models.opened(target, text)
     params = tuning.load_params(target, config)
     tuned = folders.finished(target)["kind"] == "sft"
     said: list[tuple[str, str]] = []

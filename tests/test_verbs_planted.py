@@ -1,0 +1,179 @@
+"""Verbs on planted records and patched models: what they print, write and refuse, untrained."""
+
+import io
+import json
+import math
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from command import experiment, tinylm
+from rich.console import Console
+
+from tinylm import files
+from tinylm.config import identity, to_json
+from tinylm.evaluate import samples
+from tinylm.laws.plan import centre
+from tinylm.look import progress
+from tinylm.model import generate
+from tinylm.model.decoder import ModelConfig
+from tinylm.stages import pretrain
+from tinylm.stages import sft as tuning
+from tinylm.sweep import cells
+from tinylm.sweep.presets import RateRule
+from tinylm.sweep.trunks import shared
+from tinylm.train.optim import OptimConfig
+from tinylm.verbs import folders, models, plans
+
+RULE = RateRule(5e-3, 1e5, 0.3)
+OPTIM = OptimConfig(kind="muon", beta2=0.95, warmup_steps=20, weight_decay=0.1)
+LADDER = cells.ladder(ModelConfig(V=128, T=32, L=3, H=1, tied=False, rope_theta=1e3),
+                      range(8, 200, 4))
+GRID = [cells.config(c, LADDER, OPTIM, RULE, 256, "d", 7)
+        for c in cells.grid(LADDER, (1e11, 3.2e11, 1e12), 7, 3.0, 256)]
+
+
+def record(config: pretrain.PretrainConfig) -> dict:
+    size = pretrain.counts(config.model)
+    off = math.log((size["head"] + size["blocks"]) / centre(config.flops))
+    loss = 20 * config.flops**-0.07 + 0.1 * off**2
+    return {"schema": 1, "id": identity(config), "kind": config.kind, "status": "ok",
+            "config": to_json(config), "params": size, "tokens": config.tokens, "code_id": "c",
+            "eval_id": "e", "loss": {"nats_per_token": loss, "bits_per_byte": loss},
+            "flops": {"exact": config.flops}}
+
+
+@pytest.fixture(scope="module")
+def forecast(tmp_path_factory):
+    """A planted sweep's folder and what `tinylm forecast` said of it."""
+    folder = tmp_path_factory.mktemp("planted")
+    for config in GRID:
+        place = folder / "sweep/runs" / cells.name(config)
+        files.write_json(place / "record.json", record(config))
+        files.write_json(place / "environment.json", {"text": "../../text"})
+    done = tinylm("forecast", folder / "sweep", "--flops", 5e12, "--out", folder / "f.json",
+                  "--json")
+    assert done.returncode == 0, done.stderr
+    return folder, json.loads(done.stdout.splitlines()[-1])
+
+
+def test_the_line_that_forecast_prints_trains_what_the_sweep_s_law_is_about(forecast, monkeypatch):
+    folder, told = forecast
+    words, seen = shlex.split(told["train"]), {}
+
+    def prepared(place, *_, **__):
+        seen["text"] = place
+        return SimpleNamespace(id="d"), None
+
+    def trained(out, config, *_):
+        seen["config"] = config
+        return {**record(config), "tokens": 0, "loss": None}
+
+    monkeypatch.setattr(folders, "prepared", prepared)
+    monkeypatch.setattr(pretrain, "pretrain", trained)
+    assert tinylm(*words[1:]).returncode == 0
+    assert seen["text"].resolve() == (folder / "sweep/text").resolve()
+    config = seen["config"]
+    assert (config.model.D, config.steps) == (told["D"], told["steps"])
+    assert config.optim.lr == pytest.approx(RULE(config.tokens), rel=1e-5)
+    like = GRID[0]
+    assert config == replace(
+        like, model=replace(like.model, D=told["D"]), steps=told["steps"],
+        optim=replace(like.optim, lr=config.optim.lr), forecast_sha256=told["sha256"])
+
+
+def test_the_rule_of_trunks_is_read_and_their_warmup_is_not_the_target_s():
+    swept = [c for c in shared([replace(c, optim=replace(c.optim, warmup_steps=0)) for c in GRID],
+                               RULE) if c.kind != "trunk"]
+    assert any(c.kind == "branch" for c in swept)
+    rule = plans.rate_rule(swept)
+    for tokens in (1e5, 1e7):
+        assert rule(tokens) == pytest.approx(RULE(tokens), rel=1e-6)
+    target = plans.lone([c for c in swept if c.kind == "branch"], LADDER[3], 999, 256)
+    assert (target.kind, target.optim.warmup_steps, target.optim.kind) == ("pretrain", 0, "muon")
+
+
+def test_check_appends_once_to_a_ledger_beside_the_forecast_or_to_the_one_named(forecast, tmp_path):
+    folder, told = forecast
+    target = replace(GRID[0], model=replace(GRID[0].model, D=told["D"]), steps=told["steps"],
+                     forecast_sha256=told["sha256"])
+    files.write_json(folder / "target/record.json", record(target))
+    said = [tinylm("check", folder / "f.json", folder / "target", *more)
+            for more in ((), (), ("--ledger", tmp_path / "other.csv"))]
+    assert [done.returncode for done in said] == [0, 0, 0], said[0].stderr
+    for ledger in (folder / "forecasts.csv", tmp_path / "other.csv"):
+        lines = ledger.read_text().splitlines()
+        assert len(lines) == 2 and told["sha256"] in lines[1]
+
+
+def opened(folder, text):
+    learnt = SimpleNamespace(encode=lambda text: np.arange(6, 6 + len(text)),
+                             decode=lambda ids: "ba" * len(ids))
+    return ModelConfig(T=32), None, learnt
+
+
+def test_a_talk_loads_its_checkpoint_once(monkeypatch):
+    loads = []
+    monkeypatch.setattr(models, "opened", opened)
+    monkeypatch.setattr(folders, "finished", lambda folder: {"kind": "pretrain"})
+    monkeypatch.setattr(tuning, "load_params", lambda *found: loads.append(found))
+    monkeypatch.setattr(generate, "stream", lambda *_: iter([np.array([7])]))
+    talk = tinylm("chat", "run", said="one\ntwo\nthree\n\n")
+    assert talk.stdout.count("ba") == 3, talk.stderr
+    assert len(loads) == 1
+
+
+@pytest.mark.parametrize(("status", "code"), [("ok", 0), ("diverged", 1)])
+def test_sft_exits_as_train_does(monkeypatch, tmp_path, status, code):
+    ended = {"id": "x", "status": status, "loss": None}
+    monkeypatch.setattr(models, "opened", opened)
+    monkeypatch.setattr(folders, "finished", lambda folder: {"id": "x"})
+    monkeypatch.setattr(folders, "plan_of", lambda *_: None)
+    monkeypatch.setattr(tuning, "conversations_id", lambda *_: "c")
+    monkeypatch.setattr(tuning, "sft", lambda *_: ended)
+    talks = tmp_path / "talks.jsonl"
+    turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    talks.write_text(json.dumps({"messages": turn}) + "\n")
+    assert tinylm("sft", "run", "--out", tmp_path / "out", "--data", talks).returncode == code
+
+
+@pytest.mark.parametrize("words", [
+    ("train", "--out", "x", "--corpus"), ("train", "--corpus", "--out", "x"),
+    ("sft", "run", "--out", "x", "--data", "--steps", "3")])
+def test_a_flag_that_names_no_file_does_not_mean_the_default(words):
+    done = tinylm(*words)
+    assert done.returncode == 2 and "names no file" in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not Path("x").exists()
+
+
+def test_a_study_refuses_a_corpus_of_no_file(tmp_path):
+    done = experiment("study", "--dry-run", "--out", tmp_path / "s", "--corpus")
+    assert done.returncode == 2 and "--corpus names no file" in done.stderr
+
+
+def test_the_base_model_is_given_each_prompt_as_the_text_to_continue(monkeypatch, tmp_path):
+    given, (_, _, learnt) = [], opened(None, None)
+    monkeypatch.setattr(samples, "render", lambda *_, **__: (np.array([1]), None))
+    monkeypatch.setattr(samples, "sample", lambda model, params, prompts, *_, **__: (
+        given.append(prompts) or [np.array([7])] * len(prompts)))
+    learnt.encode = lambda text: np.array([6 + ord(c) for c in text])
+    samples.write(tmp_path / "samples.json", ModelConfig(T=128), {}, {}, learnt)
+    said = ["".join(chr(i - 6) for i in ids[1:]) for ids in given[0]]
+    assert said == list(samples.PROMPTS) * samples.EACH
+    rows = files.read_json(tmp_path / "samples.json")["samples"]
+    assert [r["model"] for r in rows] == ["base"] * 12 + ["chat"] * 12
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_last_table_of_a_sweep_stays(monkeypatch, terminal):
+    shown = io.StringIO()
+    monkeypatch.setattr(progress, "console", Console(file=shown, width=120,
+                                                     force_terminal=terminal))
+    with progress.live("sweep") as watch:
+        watch(SimpleNamespace(status={"D8": "ok"}, losses={"D8": 3.25}, steps={"D8": 9}, flops=1.0,
+                              configs={"D8": SimpleNamespace(steps=9)}, total=1.0,
+                              seconds_left=None))
+    assert "3.250" in shown.getvalue().split("\x1b[2K")[-1]

@@ -1,0 +1,27 @@
+"""A finished run opened to be used: the config of its model, its token files, its tokenizer."""
+
+import os
+from pathlib import Path
+
+from tinylm import files
+from tinylm.config import BadInput, from_json
+from tinylm.model.decoder import ModelConfig
+from tinylm.text import prepare
+from tinylm.text.shards import Dataset, open_dataset
+from tinylm.text.tokenizer import Tokenizer
+from tinylm.verbs import folders
+
+
+def opened(folder: Path, text: Path | None) -> tuple[ModelConfig, Dataset, Tokenizer]:
+    """Open a finished run's model config, token files and tokenizer."""
+    record = folders.finished(folder)
+    link = files.read_json(folder / "environment.json").get("text", "")
+    place = text or Path(os.path.normpath(folder.absolute() / link))
+    if not (place / "tokenizer").exists():
+        raise BadInput(f"{place} holds no tokenizer; give the run's prepared folder with --text")
+    learnt = prepare.open_tokenizer(place)
+    if learnt.id != record["tokenizer_id"]:
+        raise BadInput(f"{place} has tokenizer {learnt.id}, the run {record['tokenizer_id']}; "
+                       "give the prepared folder it was trained on with --text")
+    model = from_json(ModelConfig, record["config"]["model"], "model")
+    return model, open_dataset(place / "tokens"), learnt
