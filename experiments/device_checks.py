@@ -180,7 +180,7 @@ def mixing(sizes: Sizes) -> Found:
         return jax.jit(jax.grad(value, has_aux=True))(inputs)
 
     ours, library = everything(attention.attend), everything(
-        lambda *given: attention.library(*given, c.dtype))
+        lambda *given: attention.by_library(*given, c.dtype))
     off = max(float(jnp.linalg.norm(a - b) / jnp.linalg.norm(a)) for a, b in zip(
         jax.tree.leaves(ours), jax.tree.leaves(library), strict=True))
     return Found(off, "relative difference", "at most .02 (bf16 rounds by .004)", off <= 0.02)

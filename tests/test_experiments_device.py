@@ -41,8 +41,8 @@ def test_every_check_is_a_row_and_one_that_fails_stops_none(tmp_path, monkeypatc
 
 def test_the_librarys_attention_is_held_against_ours(monkeypatch, checks):
     assert checks.mixing(checks.TOY).passed
-    whole = attention.library
-    monkeypatch.setattr(attention, "library", lambda *given: 1.1 * whole(*given))
+    whole = attention.by_library
+    monkeypatch.setattr(attention, "by_library", lambda *given: 1.1 * whole(*given))
     assert not checks.mixing(checks.TOY).passed
 
 

@@ -131,8 +131,8 @@ def test_the_librarys_attention_and_recomputed_layers_are_the_same_function(
     params, x = drawn(config), tokens(config)
     segments = jnp.array([[1] * 10 + [2] * 14] * 2) if packed else None
 
-    calls, whole = [], attention.library
-    monkeypatch.setattr(attention, "library", lambda *given: calls.append(1) or whole(*given))
+    calls, whole = [], attention.by_library
+    monkeypatch.setattr(attention, "by_library", lambda *given: calls.append(1) or whole(*given))
 
     def slopes(**changed):
         plan = machine.Plan(**changed)

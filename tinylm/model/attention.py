@@ -49,13 +49,13 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], KeyValue]:
         """Attend from x to itself, or to the cache with x's keys written at `start`.
 
-        `fused` takes the library's attention (see `library`) instead of ours.
+        `fused` takes the library's attention (see `by_library`) instead of ours.
         """
         q, k, v = self.project(x, turn)
         if cache is not None:
             k = jax.lax.dynamic_update_slice_in_dim(cache.k, k, start, 2)
             v = jax.lax.dynamic_update_slice_in_dim(cache.v, v, start, 2)
-        mixed = (library(q, k, v, visible, self.dtype) if fused else
+        mixed = (by_library(q, k, v, visible, self.dtype) if fused else
                  attend(q, k, v, visible))
         out = product("bthk,hkd->btd", mixed, self.o_proj[...], self.dtype)
         return out, KeyValue(k, v)
@@ -95,7 +95,7 @@ def attend(
     return mixed_BGJTK.transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
 
-def library(
+def by_library(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B G S K"],
     v: Float[Array, "B G S K"],

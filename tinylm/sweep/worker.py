@@ -41,9 +41,9 @@ def share(runs: dict[str, Any], workers: int, index: int) -> list[str]:
     Runs of one shape share a compiled program, so a shape has one worker: the shapes are dealt out
     from the longest, each to who has least to do. Own runs and those of others go longest first.
     """
-    shapes: dict[Any, list[str]] = {}
+    shapes: dict[str, list[str]] = {}
     for name, c in runs.items():
-        shapes.setdefault((c.model, c.optim.program, c.batch), []).append(name)
+        shapes.setdefault(c.program, []).append(name)
     cost = {name: c.spent for name, c in runs.items()}
     dealt: list[list[str]] = [[] for _ in range(workers)]
     for names in sorted(shapes.values(), key=lambda names: -sum(cost[n] for n in names)):
