@@ -42,12 +42,20 @@ def test_streaming_gives_the_same_tokens_as_sampling_at_once(params, every):
     np.testing.assert_array_equal(np.concatenate(parts), whole)
 
 
-def test_a_row_ends_at_its_first_control_id_and_the_context_bounds_it(params):
+@pytest.mark.parametrize("temperature", [0.0, 3.0])
+def test_a_row_ends_at_its_first_control_id_or_where_its_own_context_is_full(params, temperature):
+    prompts = [np.arange(8, 8 + n) for n in (1, 15, 16, 17, 22, 23)]
+    full = 0
     for seed in range(6):
-        out = sample(SMALL, params, [PROMPT] * 4, 100, seed=seed, temperature=3.0)
-        for row in out:
-            assert len(row) <= SMALL.T - len(PROMPT)
+        out = sample(SMALL, params, prompts, 100, seed=seed, temperature=temperature)
+        for prompt, row in zip(prompts, out, strict=True):
             assert (row[:-1] >= CONTROL).all()
+            assert row[-1] < CONTROL or len(row) == SMALL.T - len(prompt)
+            full += row[-1] >= CONTROL and len(prompt) == 17
+            if temperature == 0:
+                alone = np.concatenate(list(stream(SMALL, params, prompt, 100, temperature=0.0)))
+                np.testing.assert_array_equal(alone, row)
+    assert full
 
 
 def test_the_same_seed_draws_the_same_and_another_does_not(params):

@@ -52,6 +52,16 @@ def whole(tmp_path_factory, configs, data):  # noqa: F811
     return folder, runner.sweep(folder, configs, data.folder)
 
 
+def test_a_run_alone_has_all_cores_and_several_have_one_each(tmp_path, configs, monkeypatch):
+    monkeypatch.setattr(runner.machine, "survey", lambda: ("cpu", 2))
+    for part, workers, devices in ((configs[:1], 1, 2), (configs, 2, 1)):
+        runs = {runner.name(c): c for c in part}
+        (tmp_path / str(workers)).mkdir()
+        listed = runner._settle(tmp_path / str(workers), runs, 0)
+        assert listed["workers"] == workers
+        assert {p["devices"] for p in listed["plans"].values()} == {devices}
+
+
 def test_every_run_is_there_once_and_the_second_call_trains_nothing(
         whole, configs, data):  # noqa: F811
     folder, records = whole

@@ -6,6 +6,7 @@ import pytest
 
 from tinylm.config import BadInput
 from tinylm.text import chat, tokenizer
+from tinylm.text.corpora import Document
 from tinylm.text.tokenizer import ASSISTANT, BOS, CONTROL, END, PAD, SYSTEM, USER
 
 TALK = [("system", "Be brief."), ("user", "Where is the boat?"), ("assistant", "On the river."),
@@ -168,3 +169,20 @@ def test_packing_without_room_is_refused():
 
 def test_packing_nothing_gives_no_rows():
     assert chat.pack([], 8).tokens.shape == (0, 9)
+
+
+@pytest.mark.parametrize("line", ["\U0001f6f6" * 500 + "\n", "the boat is on the river. " * 20,
+                                  "\u8239" * 30 + " the tea"])
+def test_text_without_turns_is_cut_to_pairs_that_fit_a_row(learnt, line):
+    documents = [Document(line * 3, "all", "a"), Document(line, "all", "b")]
+    made = chat.conversations(documents, learnt, 64)
+    assert len(made) > 2 and chat.pack(made, 64).dropped == 0
+    said = "".join(learnt.decode(ids[ids >= len(CONTROL)]) for ids, _ in made)
+    assert set(said) <= set(line) and len(said) > len(line)
+
+
+def test_text_whose_turns_never_fit_a_row_is_cut_to_pieces(learnt):
+    talk = [("user", "tea " * 200), ("assistant", "boat " * 200)]
+    long = Document("\n".join(t for _, t in talk), "all", "a", tuple(talk))
+    assert len(chat.conversations([long], learnt, 64)) > 2
+    assert len(chat.conversations([long, Document("", "all", "b", tuple(TALK))], learnt, 64)) == 1

@@ -314,7 +314,7 @@ def _gflops(program: Callable, arguments: tuple, cost: float, seconds: float = 0
 def decoder(config: ModelConfig, B: int) -> Callable[[], float]:
     """Give a task: decode T - 1 tokens from one, B sequences at once; tokens a second."""
     params = init(config, jax.random.key(0))
-    ready = prefill(config, params, [np.array([config.V - 1])] * B)._replace(slot=jnp.int32(1))
+    ready = prefill(config, params, [np.array([config.V - 1])] * B)
 
     def once() -> float:
         began = time.perf_counter()

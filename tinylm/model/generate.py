@@ -1,7 +1,8 @@
 """Sampling with a key/value cache: one prefill, then one compiled loop that stops when all have.
 
-Prompts are padded on the left, so all rows write the same cache slot. The key of a token depends
-on the seed and its slot only: decoding in chunks (to stream) gives the same tokens as at once.
+Prompts are padded on the left, so all rows write the same cache slot; the cache has slots beyond T
+for the padding, so that each row has its whole context. The key of a token depends on the seed and
+its slot only: decoding in chunks (to stream) gives the same tokens as at once.
 """
 
 import functools
@@ -36,25 +37,27 @@ class Decoding(NamedTuple):
 
 
 def prefill(config: ModelConfig, params: Params, prompts: Sequence[np.ndarray]) -> Decoding:
-    """Read the prompts (ids, at least one each) into a cache of the model's whole context."""
+    """Read the prompts (ids, at least one each) into a cache with room for T tokens in each row."""
     if config.kind != "transformer":
         raise BadInput(f"a {config.kind} model keeps no cache; sample from a transformer")
-    longest = max(len(p) for p in prompts)
-    if min(len(p) for p in prompts) < 1 or longest >= config.T:
+    shortest, longest = min(map(len, prompts)), max(map(len, prompts))
+    if shortest < 1 or longest >= config.T:
         raise BadInput(f"prompts of 1 to {config.T - 1} tokens fit the context T={config.T}, one "
                        f"has {longest}; shorten it")
-    width = min(config.T - 1, -(-longest // BUCKET) * BUCKET)
+    width = -(-longest // BUCKET) * BUCKET
+    slots = config.T + max(1, -(-(width - shortest) // BUCKET)) * BUCKET
     rows = np.zeros((len(prompts), width), np.int32)
     for row, prompt in zip(rows, prompts, strict=True):
         row[width - len(prompt):] = prompt
     begin = jnp.asarray([width - len(p) for p in prompts], jnp.int32)
-    return _prefill(config, params, jnp.asarray(rows), begin)
+    return _prefill(config, params, jnp.asarray(rows), begin, slots)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _prefill(config: ModelConfig, params: Params, rows: Array, begin: Array) -> Decoding:
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _prefill(config: ModelConfig, params: Params, rows: Array, begin: Array,
+             slots: int) -> Decoding:
     B = rows.shape[0]
-    shape = (B, config.groups, config.T, config.head_width)
+    shape = (B, config.groups, slots, config.head_width)
     cache = [KeyValue(jnp.zeros(shape), jnp.zeros(shape)) for _ in range(config.L)]
     model = rebuild(config, params)
     logits, cache = model.extend(model.blocks(), rows, cache, jnp.int32(0), begin)
@@ -68,7 +71,7 @@ def decode(
 ) -> tuple[Decoding, Int[Array, "B N"]]:
     """Sample up to `count` tokens a row, 0 after its end; temperature 0 takes the likeliest.
 
-    Stops early when every row has sampled an id below `ends` or the context is full.
+    A row stops at an id below `ends` and where its context is full; all stopped ends it early.
     """
     model = rebuild(config, params)
     blocks = model.blocks()
@@ -76,7 +79,7 @@ def decode(
 
     def going(carry):
         state, _, n = carry
-        return (n < count) & ~jnp.all(state.stopped) & (state.slot < config.T)
+        return (n < count) & ~jnp.all(state.stopped)
 
     def one(carry):
         state, out, n = carry
@@ -87,7 +90,7 @@ def decode(
         token = jnp.where(state.stopped, 0, token)
         logits, cache = model.extend(blocks, token[:, None], state.cache, state.slot,
                                      state.begin)
-        stopped = state.stopped | (token < ends)
+        stopped = state.stopped | (token < ends) | (state.slot + 1 - state.begin >= config.T)
         fresh = Decoding(cache, logits[:, 0], state.slot + 1, state.begin, stopped)
         return fresh, out.at[:, n].set(token), n + 1
 
@@ -120,7 +123,8 @@ def sample(config: ModelConfig, params: Params, prompts: Sequence[np.ndarray], c
     _check(count, seed, temperature)
     state = prefill(config, params, prompts)
     _, out = decode(config, params, state, count, jax.random.key(seed), jnp.float32(temperature))
-    return [_cut(row, state, config, count) for row in np.asarray(out)]
+    return [_cut(row[: config.T - len(prompt)])
+            for row, prompt in zip(np.asarray(out), prompts, strict=True)]
 
 
 def stream(config: ModelConfig, params: Params, prompt: np.ndarray, count: int, seed: int = 0,
@@ -128,17 +132,14 @@ def stream(config: ModelConfig, params: Params, prompt: np.ndarray, count: int, 
     """Yield the same ids as `sample` gives for one prompt, `every` at a time."""
     _check(count, seed, temperature)
     state, key = prefill(config, params, [prompt]), jax.random.key(seed)
-    left = min(count, config.T - int(state.slot))
+    left = min(count, config.T - len(prompt))
     while left > 0 and not bool(state.stopped[0]):
         state, out = decode(config, params, state, every, key, jnp.float32(temperature))
-        ids = np.asarray(out)[0, :min(every, left)]
+        yield _cut(np.asarray(out)[0, :min(every, left)])
         left -= every
-        ends = np.flatnonzero(ids < CONTROL)
-        yield ids[: ends[0] + 1] if len(ends) else ids
 
 
-def _cut(row: np.ndarray, before: Decoding, config: ModelConfig, count: int) -> np.ndarray:
-    row = row[: min(count, config.T - int(before.slot))]
+def _cut(row: np.ndarray) -> np.ndarray:
     ends = np.flatnonzero(row < CONTROL)
     return row[: ends[0] + 1] if len(ends) else row
 

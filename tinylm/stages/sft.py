@@ -14,7 +14,7 @@ from tinylm.config import BadInput, require
 from tinylm.evaluate.heldout import eval_id, heldout
 from tinylm.laws.accounting import flops_per_token
 from tinylm.model.decoder import ModelConfig, Params, init
-from tinylm.text.chat import Packed, conversations, pack, render, windows
+from tinylm.text.chat import Packed, conversations, pack
 from tinylm.text.corpora import Corpus, Document
 from tinylm.text.shards import Dataset
 from tinylm.text.tokenizer import Tokenizer
@@ -136,8 +136,7 @@ def pack_splits(corpus: Corpus, tokenizer: Tokenizer, T: int, steps: int,
 def _pack(documents: list[Document], tokenizer: Tokenizer, T: int, rows: int) -> Packed:
     size = sum(len(d.text) for d in documents)
     documents = documents[::max(1, size // (rows * (T + 1) * CHARACTERS))]
-    rendered = [render(c, tokenizer) for c in conversations(documents)]
-    return pack([part for r in rendered for part in windows(*r, T)], T)
+    return pack(conversations(documents, tokenizer, T), T)
 
 
 def load_params(folder: Path, model: ModelConfig) -> Params:

@@ -65,8 +65,9 @@ def sweep(
 ) -> list[dict[str, Any]]:
     """Train every config in `folder`, longest first; return the records, failed runs left out.
 
-    Trunks are trained before their branches and have records, but are not returned. Runs of one
-    shape train `population` at once at most; 0: one on a CPU, more on an accelerator.
+    A CPU's core has a run each, a run alone has them all. Trunks are trained before their branches
+    and have records, but are not returned. Runs of one shape train `population` at once at most;
+    0: one on a CPU, more on an accelerator.
     Raises Stopped when a signal stopped the workers; nothing is lost.
     """
     folder, wanted = Path(folder), {}
@@ -97,7 +98,8 @@ def _settle(folder: Path, wanted: dict[str, PretrainConfig], population: int) ->
                            "or choose a new folder")
         return listed
     backend, count = machine.survey()
-    workers, each = (count, 1) if backend == "cpu" else (1, count)
+    alone = backend != "cpu" or len(wanted) == 1
+    workers, each = (1, count) if alone else (count, 1)
     plans = {n: machine.plan_for(c.rows, c.model.T, c.model.D, backend, each)
              for n, c in wanted.items()}
     most = population or (1 if backend == "cpu" else packing.MOST)

@@ -7,7 +7,7 @@ forge a turn. The loss covers what the assistant says and its <|end|>, nothing e
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -121,18 +121,26 @@ def _answers(mask: np.ndarray) -> np.ndarray:
     return np.flatnonzero((mask > 0) & (np.append(mask[1:], 0) == 0)) + 1
 
 
-def conversations(documents: Sequence[Document]) -> list[Messages]:
-    """Give the documents' conversations; where there is none, neighbouring pieces.
+def conversations(documents: Sequence[Document], tokenizer: Tokenizer,
+                  T: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Render the documents' conversations to `windows`; where none fits, neighbouring pieces.
 
     Text without any turn then at least teaches the template: one piece asks, the next answers.
     """
-    found = [d.messages for d in documents if d.messages]
-    if found:
-        return found
-    for document in documents:
-        cut = re.split(r"\n+|(?<=[.!?]) ", document.text)
-        pieces = [line[at:at + most] for line in cut for most in [40 if line.isascii() else 8]
-                  for at in range(0, len(line), most) if line[at:at + most].strip()]
-        found += [(("user", a), ("assistant", b))
+    found = [part for d in documents if d.messages
+             for part in windows(*render(d.messages, tokenizer), T)]
+    for document in [] if found else documents:
+        pieces = [piece for line in re.split(r"\n+|(?<=[.!?]) ", document.text)
+                  for piece in _pieces(line, tokenizer, max(1, T // 4)) if piece.strip()]
+        found += [render([("user", a), ("assistant", b)], tokenizer)
                   for a, b in zip(pieces[::2], pieces[1::2], strict=False)]
     return found
+
+
+def _pieces(line: str, tokenizer: Tokenizer, most: int) -> Iterator[str]:
+    """Halve a line until no part has more than `most` tokens or is one character."""
+    if len(line) < 2 or len(line) <= 8 * most and len(tokenizer.encode(line)) <= most:
+        yield line
+    else:
+        for half in (line[:len(line) // 2], line[len(line) // 2:]):
+            yield from _pieces(half, tokenizer, most)
