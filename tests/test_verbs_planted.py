@@ -149,6 +149,17 @@ def test_a_flag_that_names_no_file_does_not_mean_the_default(words):
     assert len(done.stderr.splitlines()) == 1 and not Path("x").exists()
 
 
+@pytest.mark.parametrize("words", [
+    ("train", "--out", "x", "--batch", 0), ("plan", "--flops", 1e15, "--batch", 0),
+    ("plan", "--flops", 1e15, "--per-budget", 0), ("plan", "--flops", 1e15, "--noise", "nan"),
+    ("plan", "--flops", 1e15, "--dollars-per-hour", "nan"), ("bench", "decode", "--rounds", 0)])
+def test_an_impossible_number_is_refused_by_its_name(words):
+    done = tinylm(*words)
+    assert done.returncode == 2 and not Path("x").exists()
+    line, = done.stderr.splitlines()
+    assert words[-2].strip("-").replace("-", "_") in line and str(words[-1]) in line
+
+
 def test_a_study_refuses_a_corpus_of_no_file(tmp_path):
     done = experiment("study", "--dry-run", "--out", tmp_path / "s", "--corpus")
     assert done.returncode == 2 and "--corpus names no file" in done.stderr

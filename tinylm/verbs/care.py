@@ -6,7 +6,7 @@ from typing import Literal
 from tyro.conf import Positional
 
 from tinylm import files
-from tinylm.config import BadInput
+from tinylm.config import BadInput, require
 from tinylm.look import progress
 
 NOTES = ("config.json", "plan.json", "record.json", "failure.json", "environment.json",
@@ -39,6 +39,7 @@ def bench(what: Positional[Literal["machine", "train", "decode", "population", "
     """
     from tinylm import bench as timed
 
+    require("rounds", rounds, 1, 1e6)
     match what:
         case "machine":
             found = timed.peak(rounds)
