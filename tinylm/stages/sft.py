@@ -86,10 +86,7 @@ def sft(
         chunk = step.make_chunk(step.make_step(loss, tx, mesh, plan.micro))
 
         def batch_at(t: int) -> batch.Batch:
-            index = np.arange(t * config.rows, (t + 1) * config.rows)
-            epoch, inside = np.divmod(index, len(train.tokens))
-            rows = np.array([batch.permute(np.array([i]), len(train.tokens), config.seed, int(e))[0]
-                             for e, i in zip(epoch, inside, strict=True)])
+            rows = batch.order(len(train.tokens), config.seed, t, config.rows)
             return batch.Batch(train.tokens[rows], train.mask[rows], train.segments[rows])
 
         tokens = config.steps * config.rows * model.T

@@ -33,15 +33,19 @@ def windows(tokens: np.ndarray, T: int) -> int:
 
 def batch(tokens: np.ndarray, seed: int, t: int, rows: int, T: int) -> Batch:
     """Give step t's rows: windows t*rows .. t*rows + rows - 1 of an endless shuffled sequence."""
-    count = windows(tokens, T)
-    index = np.arange(t * rows, (t + 1) * rows)
-    epochs, inside = np.divmod(index, count)
-    window = np.empty_like(inside)
-    for epoch in np.unique(epochs):
-        here = epochs == epoch
-        window[here] = permute(inside[here], count, seed, int(epoch))
+    window = order(windows(tokens, T), seed, t, rows)
     picked = tokens[window[:, None] * T + np.arange(T + 1)[None, :]].astype(np.int32)
     return Batch(picked, np.ones((rows, T), np.float32))
+
+
+def order(count: int, seed: int, t: int, rows: int) -> np.ndarray:
+    """Give the numbers t*rows .. t*rows + rows - 1 of 0..count-1 shuffled anew each epoch."""
+    epochs, inside = np.divmod(np.arange(t * rows, (t + 1) * rows), count)
+    picked = np.empty_like(inside)
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        picked[here] = permute(inside[here], count, seed, int(epoch))
+    return picked
 
 
 def permute(index: np.ndarray, count: int, seed: int, epoch: int) -> np.ndarray:
