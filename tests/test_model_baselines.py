@@ -147,7 +147,7 @@ def test_a_large_vocabulary_and_order_do_not_overflow():
 def test_the_factor_is_the_one_of_least_loss_on_the_slice(monkeypatch):
     """Any other factor, counted on the rest, does worse on the blocks that were kept out."""
     tokens = chain(1000)
-    held = baselines._spread(len(tokens), 0.05)
+    held = baselines._spread(len(tokens))
     for order, model in fit_orders(tokens, [3, 4], V).items():
         loss = {}
         for factor in FACTORS:

@@ -111,18 +111,17 @@ def exponents(found: list[Minimum]) -> Exponents:
     return Exponents(a, a_se, b, b_se, log_params)
 
 
-def bias(runs: Runs, budgets: np.ndarray | None = None, method: Method = "parabola",
-         law: Surface | None = None) -> list[Bias]:
-    """Estimate the method's bias on these runs' grid, from the law that they suggest.
+def bias(runs: Runs, law: Surface | None = None) -> list[Bias]:
+    """Estimate the parabola's bias on these runs' grid, from the law that they suggest.
 
     The losses are replaced by those of `law` (the fitted Surface if none is given), whose minima
     are known; FLOPs a parameter and token are each budget's geometric mean.
     """
     law = fit_surface(runs).law if law is None else law
     said = runs._replace(loss=law.loss(runs.params, runs.tokens), sigma=None)
-    labels, out = group(runs.flops) if budgets is None else np.asarray(budgets), []
+    labels, out = group(runs.flops), []
     for label in np.unique(labels):
-        (m,) = minima(said.keep(labels == label), np.zeros((labels == label).sum()), method)
+        (m,) = minima(said.keep(labels == label), np.zeros((labels == label).sum()))
         here = runs.keep(labels == label)
         kappa = float(np.exp(np.log(here.flops / here.params / here.tokens).mean()))
         true = law.optimum(m.flops, kappa)
@@ -131,14 +130,13 @@ def bias(runs: Runs, budgets: np.ndarray | None = None, method: Method = "parabo
     return sorted(out)
 
 
-def conventions(runs: Runs, counts: list[Parameters],
-                budgets: np.ndarray | None = None) -> dict[str, Exponents]:
+def conventions(runs: Runs, counts: list[Parameters]) -> dict[str, Exponents]:
     """Give the exponents of the same minima under three counts of params and two of FLOPs.
 
     `counts`, one a run, belong to runs whose `params` is blocks and head. Keys are `blocks exact`,
     `blocks 6nd`, `blocks+head ..` and `all ..`; 6nd is of the counted params.
     """
-    kept = [m for m in minima(runs, budgets) if m.bracketed]
+    kept = [m for m in minima(runs) if m.bracketed]
     ways = {"blocks": [c.blocks for c in counts], "blocks+head": [c.law for c in counts],
             "all": [c.total for c in counts]}
     order, out = np.argsort(runs.params, kind="stable"), {}

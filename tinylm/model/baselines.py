@@ -22,7 +22,7 @@ import numpy as np
 from tinylm.config import BadInput
 
 FACTORS = (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3)
-SLICE_TOKENS = 4096
+SLICE_TOKENS, SLICES = 4096, 20  # one slice of so many is held back
 MISS = -1
 
 
@@ -53,9 +53,9 @@ class NGram:
     grams: list[Counts]  # the counts behind them
 
     @classmethod
-    def fit(cls, tokens: np.ndarray, order: int, V: int, slice_share: float = 0.05) -> "NGram":
+    def fit(cls, tokens: np.ndarray, order: int, V: int) -> "NGram":
         """Count one model of `order` (1 = unigram); see fit_orders."""
-        return fit_orders(tokens, [order], V, slice_share)[order]
+        return fit_orders(tokens, [order], V)[order]
 
     def nats(self, tokens: np.ndarray) -> np.ndarray:
         """Give -ln p (float64) of each token after the order - 1 before it (fewer at the start)."""
@@ -87,8 +87,7 @@ class NGram:
                  float(self.tables[level].p[i])) for i in top]
 
 
-def fit_orders(tokens: np.ndarray, orders: Sequence[int], V: int,
-               slice_share: float = 0.05) -> dict[int, NGram]:
+def fit_orders(tokens: np.ndarray, orders: Sequence[int], V: int) -> dict[int, NGram]:
     """Count models of several orders at once, each with its own discount factor.
 
     The factor is chosen on blocks of 4,096 tokens spread evenly over the training tokens (their
@@ -100,7 +99,7 @@ def fit_orders(tokens: np.ndarray, orders: Sequence[int], V: int,
         raise BadInput(f"orders={list(orders)} do not fit {len(tokens)} tokens; choose orders from "
                        "1 up to half as many as there are tokens")
     factors = dict.fromkeys(orders, 1.0)
-    held = _spread(len(tokens), slice_share)
+    held = _spread(len(tokens))
     if held.any() and (~held).sum() >= 2 * top:
         grams = _count(tokens[~held], top, V)
         places = _places(grams, tokens[held], V)
@@ -116,9 +115,8 @@ def fit_orders(tokens: np.ndarray, orders: Sequence[int], V: int,
                                          factor)}
 
 
-def _spread(n: int, share: float) -> np.ndarray:
-    every = max(2, round(1 / share)) if share > 0 else n
-    return (np.arange(n) // min(SLICE_TOKENS, max(1, n // 200))) % every == every - 1
+def _spread(n: int) -> np.ndarray:
+    return (np.arange(n) // min(SLICE_TOKENS, max(1, n // 200))) % SLICES == SLICES - 1
 
 
 def _count(tokens: np.ndarray, top: int, V: int) -> list[Counts]:
