@@ -73,10 +73,10 @@ def fit_law(runs: Runs, law: type[Law], estimator: Estimator = "huber", delta: f
                 given)
 
 
-def fit_surface(runs: Runs, estimator: Estimator = "huber", delta: float = 1e-3,
+def fit_surface(runs: Runs, estimator: Estimator = "huber",
                 weights: np.ndarray | None = None) -> Fit:
     """Fit a Surface (see fit_law)."""
-    return fit_law(runs, Surface, estimator, delta, weights)
+    return fit_law(runs, Surface, estimator, weights=weights)
 
 
 def fit_frontier(flops: np.ndarray, loss: np.ndarray, floor: bool,
@@ -110,18 +110,17 @@ def resample(fit: Fit, resamples: int, seed: int = 42) -> np.ndarray:
 
 def _fit(law, columns, loss, weights, estimator, delta, given):
     """Centre the inputs, solve, certify, and give the constants uncentred."""
-    loss, weights = np.asarray(loss, float), np.ones(len(loss)) if weights is None else weights
-    check_values(weights=np.asarray(weights, float))
+    loss = np.asarray(loss, float)
+    weights = np.ones(len(loss)) if weights is None else np.asarray(weights, float)
+    check_values(weights=weights)
     x = np.log(np.stack(columns))
     centre, least = x.mean(axis=1), float(loss.min())
     centre[2:] = centre[1:2]  # unique tokens keep their ratio to tokens
     delta = {"huber": delta, "lad": 0.0, "ls": math.inf}[estimator]
-    problem = Problem(law, x - centre[:, None], loss / least, np.asarray(weights, float),
-                      estimator != "ls", delta, _bounds(law, given, least))
+    problem = Problem(law, x - centre[:, None], loss / least, weights, estimator != "ls",
+                      delta, _bounds(law, given, least))
     theta, certificate = _solve(problem)
-    residual = residuals(theta, problem)[0]
-    value = (problem.weights @ np.abs(residual) if estimator == "lad"
-             else slopes(theta[None], problem).value[0])
+    residual, value = residuals(theta, problem)[0], _value(theta, problem)
     if estimator == "ls":
         residual, value = residual * least, 2 * value * least**2
     law = law(*_constants(law, theta, centre, least).tolist())
@@ -223,9 +222,8 @@ def _bounds(law, given, least):
     found = np.array([LIMITS.get(name, EXPONENT) for name in law.names()])
     for name, value in given.items():
         found[law.names().index(name)] = value / least
-    missing = [n for n in ("ceiling",) if n in law.names() and n not in given]
-    if missing:
-        raise BadInput(f"{law.__name__} has no {missing[0]}; give one, such as ln V = 10.4 nats")
+    if "ceiling" in law.names() and "ceiling" not in given:
+        raise BadInput(f"{law.__name__} has no ceiling; give one, such as ln V = 10.4 nats")
     if "ceiling" in given:
         require("ceiling", given["ceiling"], math.nextafter(least, math.inf), math.inf)
     return found.T
