@@ -34,7 +34,7 @@ def pack(runs: dict[str, PretrainConfig], plans: dict[str, Plan], most: int,
         plan = dataclasses.replace(plan, population=-(-len(names) // count))
         cut = range(0, len(names), plan.population)
         packs += [names[i : i + plan.population] for i in cut]
-        sized.update(dict.fromkeys(names, plan if plan.population > 1 else plans[names[0]]))
+        sized.update(dict.fromkeys(names, plan))
     return sorted(packs, key=lambda p: -runs[p[0]].flops), sized
 
 

@@ -70,9 +70,8 @@ def sweep(
     0: one on a CPU, more on an accelerator.
     Raises Stopped when a signal stopped the workers; nothing is lost.
     """
-    folder, wanted = Path(folder), {}
-    for config in sorted(runs, key=lambda c: -c.spent):
-        wanted[name(config)] = config
+    folder = Path(folder)
+    wanted = {name(c): c for c in sorted(runs, key=lambda c: -c.spent)}
     with files.lease(folder):
         listed = _settle(folder, wanted, population)
         progress = Progress(wanted, *_so_far(folder, wanted), time.monotonic(), 0.0)
@@ -129,8 +128,9 @@ def _supervise(folder, data_folder, workers, progress, watch):
     try:
         while alive:
             watch(progress)
-            index, line = _next(news)
-            if index is None:
+            try:
+                index, line = news.get(timeout=0.5)
+            except queue.Empty:
                 continue
             if line is not None:
                 _note(progress, holds, index, json.loads(line))
@@ -176,13 +176,6 @@ def _start(folder, data_folder, index, news):
 
     threading.Thread(target=listen, daemon=True).start()
     return worker
-
-
-def _next(news):
-    try:
-        return news.get(timeout=0.5)
-    except queue.Empty:
-        return None, None
 
 
 def _note(progress, holds, index, said):

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from tinylm import files, machine
 from tinylm.config import BadInput, from_json, identity
+from tinylm.train import run
 
 PATIENCE = 10.0
 """seconds to wait for runs that others hold and do not finish"""
@@ -54,7 +55,7 @@ def share(runs: dict[str, Any], workers: int, index: int) -> list[str]:
 def _work(folder: Path, data_folder: Path, listed: dict[str, Any], index: int) -> int:
     from tinylm.stages.pretrain import PretrainConfig
     from tinylm.text.shards import open_dataset
-    from tinylm.train import checkpoint, run
+    from tinylm.train import checkpoint
 
     threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
     data = open_dataset(data_folder)
@@ -95,7 +96,6 @@ def _one(folder: Path, configs: dict[str, Any], data: Any, plan: machine.Plan,
          trunk: Path | None) -> Literal["ended", "held", "stopped"]:
     """Train one pack unless another holds it; say how that ended."""
     from tinylm.stages import pretrain
-    from tinylm.train import run
 
     names = list(configs)
 
@@ -104,11 +104,10 @@ def _one(folder: Path, configs: dict[str, Any], data: Any, plan: machine.Plan,
 
     say(begin=names)
     try:
-        records = {}
         if plan.population == 1:
             (name, config), = configs.items()
-            records[name] = pretrain.pretrain(folder / name, config, data, plan,
-                                              functools.partial(told, name), trunk)
+            records = {name: pretrain.pretrain(folder / name, config, data, plan,
+                                               functools.partial(told, name), trunk)}
         else:
             records = _together(folder, configs, data, plan, told)
         for name, record in records.items():
@@ -145,8 +144,6 @@ def _together(folder: Path, configs: dict[str, Any], data: Any, plan: machine.Pl
 
 
 def _failed(folder: Path, name: str, config: Any, fault: Exception) -> None:
-    from tinylm.train import run
-
     reason = f"{type(fault).__name__}: {fault}".splitlines()[0]
     run.fail(folder / name, config, config.kind, reason)
     say(failed=name, reason=reason)
