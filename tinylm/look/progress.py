@@ -4,7 +4,7 @@ import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
@@ -15,10 +15,6 @@ from tinylm.laws.forecast import Forecast, Score
 from tinylm.laws.plan import Cell, Proposal
 from tinylm.text.corpora import Corpus
 from tinylm.text.shards import Dataset
-
-if TYPE_CHECKING:  # these import JAX, and most of what is said here needs none
-    from tinylm.stages.pretrain import PretrainConfig
-    from tinylm.sweep.runner import Progress as SweepProgress
 
 console = Console(stderr=True)
 if not console.is_terminal:
@@ -55,12 +51,15 @@ def bar(title: str, steps: int = 0) -> Iterator[Callable[..., None]]:
 
 
 @contextlib.contextmanager
-def live(title: str) -> Iterator[Callable[["SweepProgress"], None]]:
-    """Show a sweep's live table; without a terminal, a line now and then. The last one stays."""
+def live(title: str) -> Iterator[Callable[[Any], None]]:
+    """Show a sweep's live table; without a terminal, a line now and then. The last one stays.
+
+    The yielded function takes a sweep/runner.Progress, which is not imported: that needs JAX.
+    """
     said, last = 0.0, None
     with Live(console=console, refresh_per_second=2, transient=True) as shown:
 
-        def watch(p: "SweepProgress") -> None:
+        def watch(p: Any) -> None:
             nonlocal said, last
             last = p
             if console.is_terminal:
@@ -74,14 +73,14 @@ def live(title: str) -> Iterator[Callable[["SweepProgress"], None]]:
         console.print(_sweep_table(title, last))
 
 
-def _sweep_line(title: str, p: "SweepProgress") -> str:
+def _sweep_line(title: str, p: Any) -> str:
     ended = sum(s not in ("waiting", "running") for s in p.status.values())
     left = p.seconds_left
     eta = "" if left is None else f", about {left / 60:.1f} min left"
     return f"{title}: {ended} of {len(p.status)} runs, {p.flops / p.total:.0%} of the FLOPs{eta}"
 
 
-def _sweep_table(title: str, p: "SweepProgress") -> Table:
+def _sweep_table(title: str, p: Any) -> Table:
     table = Table(title=_sweep_line(title, p))
     for column in ("run", "done", "loss", "status"):
         table.add_column(column, justify="right" if column in ("done", "loss") else "left")
@@ -93,8 +92,8 @@ def _sweep_table(title: str, p: "SweepProgress") -> Table:
     return table
 
 
-def listing(runs: dict[str, list["PretrainConfig"]], data: Dataset, rate: float) -> Table:
-    """List runs by purpose before they are trained; `rate` in FLOP/s gives their expected time.
+def listing(runs: dict[str, list[Any]], data: Dataset, rate: float) -> Table:
+    """List PretrainConfigs by purpose before they are trained, at `rate` FLOP/s their seconds.
 
     A branch's FLOPs are those of the run alone; its seconds, and the title, are what it takes.
     """
