@@ -60,7 +60,6 @@ class Surface(Law):
 
     @classmethod
     def evaluate(cls, theta, x):
-        """See Law."""
         E, a, b, alpha, beta = _split(theta)
         P, Q = np.exp(a - alpha * x[0]), np.exp(b - beta * x[1])
         return E + P + Q, _stack(1, P, Q, -P * x[0], -Q * x[1])
@@ -92,7 +91,6 @@ class Coupled(Law):
 
     @classmethod
     def evaluate(cls, theta, x):
-        """See Law."""
         E, a, b, alpha, beta, k = _split(theta)
         R, P, Q, along = _norm(a - alpha * x[0], b - beta * x[1], np.exp(k))
         return E + R, _stack(1, P, Q, -P * x[0], -Q * x[1], along)
@@ -112,7 +110,6 @@ class Kaplan(Law):
 
     @classmethod
     def evaluate(cls, theta, x):
-        """See Law."""
         a, b, alpha, beta = _split(theta)
         R, P, Q, along = _norm(a - alpha * x[0], b - beta * x[1], 1 / beta)
         return R, _stack(P, Q, -P * x[0], -Q * x[1] - along / beta)
@@ -135,7 +132,6 @@ class Saturating(Law):
 
     @classmethod
     def evaluate(cls, theta, x):
-        """See Law."""
         E, a, b, alpha, beta, ceiling = _split(theta)
         P, Q = np.exp(a - alpha * x[0]), np.exp(b - beta * x[1])
         room = ceiling - E
@@ -161,7 +157,6 @@ class OverTraining(Law):
 
     @classmethod
     def evaluate(cls, theta, x):
-        """See Law."""
         E, a, b, alpha = _split(theta)
         P, Q = np.exp(a - alpha * x[0]), np.exp(b - alpha * x[1])
         return E + P + Q, _stack(1, P, Q, -P * x[0] - Q * x[1])
@@ -189,7 +184,6 @@ class DataConstrained(Law):
 
     @classmethod
     def evaluate(cls, theta, x):
-        """See Law."""
         E, a, b, alpha, beta, log_RD, log_RN = _split(theta)
         n, d, u = x
         best = (np.log(alpha / beta) + a - b + beta * u) / alpha  # ln params that suit U tokens
@@ -216,7 +210,6 @@ class Frontier(Law):
 
     @classmethod
     def evaluate(cls, theta, x):
-        """See Law."""
         E, a, gamma = _split(theta)
         P = np.exp(a - gamma * x[0])
         return E + P, _stack(1, P, -P * x[0])

@@ -7,15 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tinylm.config import BadInput, require
-from tinylm.laws.accounting import (
-    Bill,
-    Device,
-    Shape,
-    bill,
-    flops_per_token,
-    parameters,
-    six_nd,
-)
+from tinylm.laws.accounting import Bill, Device, Shape, bill, flops_per_token, parameters, six_nd
 from tinylm.laws.fit import fit_surface
 from tinylm.laws.forms import Coupled, Saturating, Surface
 from tinylm.laws.runs import Runs
@@ -88,7 +80,6 @@ def propose(flops: float, shapes: list[Shape], device: Device, per_budget: int =
                   dollars_per_hour, utilisation, sum(c.flops for c in part))
              for part in (cells, [target])]
     return Proposal(cells, target, told, *bills)
-
 
 
 def expected(params: np.ndarray, tokens: np.ndarray, target: tuple[float, float], law: Surface,

@@ -7,14 +7,7 @@ import numpy as np
 
 from tinylm.config import BadInput
 from tinylm.laws.fit import Estimator, Fit, fit_frontier, fit_law, resample
-from tinylm.laws.forms import (
-    Coupled,
-    DataConstrained,
-    Kaplan,
-    OverTraining,
-    Saturating,
-    Surface,
-)
+from tinylm.laws.forms import Coupled, DataConstrained, Kaplan, OverTraining, Saturating, Surface
 from tinylm.laws.isoflop import Minimum, minima
 from tinylm.laws.runs import Runs, distinct, drop_worst, read_csv
 

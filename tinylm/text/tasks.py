@@ -14,7 +14,6 @@ from typing import Literal, NamedTuple
 from tinylm.config import BadInput, digest
 
 Split = Literal["train", "test", "reworded"]
-Rule = Literal["plain", "upper", "closing", "persona"]
 FAMILIES = ("copy", "format", "list", "spelling", "counting", "arithmetic", "glossary", "unknown",
             "sentence", "choice", "recall")
 RULES = ("plain", "upper", "closing", "persona")
