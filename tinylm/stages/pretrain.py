@@ -295,11 +295,10 @@ def branched(config: PretrainConfig, like: step.State, trunk: Path | None) -> st
 
 def counts(model: ModelConfig) -> dict[str, int]:
     """Count the parameters: embedding, head, blocks."""
-    found = parameters(model.shape)
     if model.kind == "position_weights":
         rank, head = min(model.D, model.V), model.V * model.D if model.D < model.V else 0
         return {"embedding": model.L * model.V * rank, "head": head, "blocks": 0}
-    return {"embedding": found.embedding, "head": found.head, "blocks": found.blocks}
+    return parameters(model.shape)._asdict()
 
 
 @functools.cache

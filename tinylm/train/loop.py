@@ -56,9 +56,9 @@ def train(
     """
     saves = Path(folder) / "checkpoints"
     with clock.doing("start"):
-        state, facts = checkpoint.newest(saves, replicate(mesh, state), _say) or (
-            replicate(mesh, state),
-            {"step": int(np.max(state.step)), "logs": [[0, "", True]] * len(members)})
+        state = replicate(mesh, state)
+        state, facts = checkpoint.newest(saves, state, _say) or (
+            state, {"step": int(np.max(state.step)), "logs": [[0, "", True]] * len(members)})
     sizes, shas, sound = (list(of) for of in zip(*facts["logs"], strict=True))
     for member, size, sha in zip(members, sizes, shas, strict=True):
         files.truncate(member.log, size, sha)

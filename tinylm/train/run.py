@@ -69,7 +69,7 @@ def record(folder: Path) -> dict[str, Any] | None:
     if not place.exists():
         return None
     found = files.read_json(place)
-    if not isinstance(found, dict) or not {"schema", "id", "config", "loss"} <= set(found):
+    if not {"schema", "id", "config", "loss"} <= set(found):
         raise files.Damaged(f"{place} is no record of ours; delete it and train again")
     if found["schema"] != SCHEMA:
         raise BadInput(f"{place} has schema {found['schema']!r}, this tinylm reads {SCHEMA}; "
