@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -177,3 +178,16 @@ def test_the_last_table_of_a_sweep_stays(monkeypatch, terminal):
                               configs={"D8": SimpleNamespace(steps=9)}, total=1.0,
                               seconds_left=None))
     assert "3.250" in shown.getvalue().split("\x1b[2K")[-1]
+
+
+@pytest.mark.parametrize("words", [
+    ("train", "--model.D", 400_000),
+    ("sweep", "--widths", 400_000, 400_004, 400_008, 400_012, 400_016, "--budgets", 1e27)])
+def test_a_model_larger_than_memory_is_refused_in_a_line(monkeypatch, tmp_path, words):
+    reached = SimpleNamespace(id="d", folder=tmp_path)
+    monkeypatch.setattr(folders, "prepared", lambda *_, **__: (reached, None))
+    monkeypatch.setattr(pretrain, "check", lambda *_: 1 / 0)
+    monkeypatch.setattr(folders, "plan_of", lambda *_: 1 / 0)
+    done = tinylm(*words, "--out", tmp_path / "x")
+    assert done.returncode == 2 and re.search(r"D=4\d{5}, .* takes .* GB .* has \d", done.stderr)
+    assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "x").exists()
