@@ -191,3 +191,11 @@ def test_a_model_larger_than_memory_is_refused_in_a_line(monkeypatch, tmp_path, 
     done = tinylm(*words, "--out", tmp_path / "x")
     assert done.returncode == 2 and re.search(r"D=4\d{5}, .* takes .* GB .* has \d", done.stderr)
     assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "x").exists()
+
+
+def test_lost_checkpoints_are_named_and_the_way_out_is_told(tmp_path):
+    files.write_json(tmp_path / "run/record.json", record(GRID[0]))
+    done = tinylm("verify", tmp_path)
+    assert done.returncode == 1 and f"{tmp_path / 'run'} has lost its checkpoints" in done.stdout
+    with pytest.raises(files.Damaged, match="lost its checkpoints; delete the folder and give "):
+        tuning.load_params(tmp_path / "run", GRID[0].model)
