@@ -199,3 +199,18 @@ def test_lost_checkpoints_are_named_and_the_way_out_is_told(tmp_path):
     assert done.returncode == 1 and f"{tmp_path / 'run'} has lost its checkpoints" in done.stdout
     with pytest.raises(files.Damaged, match="lost its checkpoints; delete the folder and give "):
         tuning.load_params(tmp_path / "run", GRID[0].model)
+
+
+def test_fit_of_a_sweep_honours_its_flags_or_refuses_them(forecast):
+    folder, _ = forecast
+    fit = ("fit", folder / "sweep", "--json")
+    done = tinylm(*fit, "--form", "frontier", "--drop-worst", 1, "--bootstrap", 5)
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["form"] == "frontier" and told["bootstrap"]["resamples"] == 5
+    assert told["dropped"][0].startswith("dropped the 1 largest")
+    for flags in (("--objective", "ls"), ("--drop-worst", 1), ("--bootstrap", 5)):
+        done = tinylm(*fit, *flags)
+        assert done.returncode == 2 and f"{flags[0]} is for one law; name it with --form" in (
+            done.stderr), done.stderr
+    done = tinylm(*fit, "--form", "frontier", "--loss-col", "nll")
+    assert done.returncode == 2 and "--loss-col nll is for a CSV" in done.stderr
