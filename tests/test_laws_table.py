@@ -97,16 +97,15 @@ def test_a_fit_is_told_with_its_errors():
         fit_form(scattered(SURFACE), "saturating", ceiling=1)
 
 
-def test_what_is_dropped_is_said(tmp_path):
+def test_what_is_dropped_is_said():
     runs = scattered(SURFACE)
-    path = as_csv(tmp_path / "runs.csv", runs.keep([*range(60), 3, 3, 7]))
-    names = {"params": "size", "tokens": "data", "loss": "err"}
-    kept, said = cleaned(path, names, worst=2)
+    repeated = runs.keep([*range(60), 3, 3, 7])
+    kept, said = cleaned(repeated, worst=2)
     worst = np.sort(runs.loss)[-2:]
     assert len(kept.loss) == 58 and kept.loss.max() < worst.min()
     assert said == ["dropped 3 rows that repeat an earlier row in every number",
                     f"dropped the 2 largest losses, {worst.min():.4g} nats and above"]
-    assert cleaned(path, names)[1] == said[:1]
+    assert cleaned(repeated)[1] == said[:1]
 
 
 def test_any_csv_is_fitted_and_compared_by_the_verb(tmp_path, capsys):

@@ -105,7 +105,8 @@ def test_bf16_compute_stays_near_f32_and_keeps_f32_parameters():
     ({"D": 6, "H": 2}, "head width K=3 is odd"),
     ({"H": 4, "G": 3}, "not a multiple of G=3"),
     ({"V": 70000}, "65536"),
-    ({"T": 0}, "T=0 is below 1"),
+    ({"L": 3_000_000}, "L=3000000 is not within 1 to 1000"),
+    ({"T": 0}, "T=0 is not within 1 to"),
 ])
 def test_impossible_shapes_are_refused_in_a_line_with_a_remedy(changes, words):
     with pytest.raises(BadInput, match=words.replace("(", r"\(")):

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -188,3 +189,39 @@ def test_the_last_table_of_a_sweep_stays(monkeypatch, terminal):
                               configs={"D8": SimpleNamespace(steps=9)}, total=1.0,
                               seconds_left=None))
     assert "3.250" in shown.getvalue().split("\x1b[2K")[-1]
+
+
+@pytest.mark.parametrize("words", [
+    ("train", "--model.D", 400_000),
+    ("sweep", "--widths", 400_000, 400_004, 400_008, 400_012, 400_016, "--budgets", 1e27)])
+def test_a_model_larger_than_memory_is_refused_in_a_line(monkeypatch, tmp_path, words):
+    reached = SimpleNamespace(id="d", folder=tmp_path)
+    monkeypatch.setattr(folders, "prepared", lambda *_, **__: (reached, None))
+    monkeypatch.setattr(pretrain, "check", lambda *_: 1 / 0)
+    monkeypatch.setattr(folders, "plan_of", lambda *_: 1 / 0)
+    done = tinylm(*words, "--out", tmp_path / "x")
+    assert done.returncode == 2 and re.search(r"D=4\d{5}, .* takes .* GB .* has \d", done.stderr)
+    assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "x").exists()
+
+
+def test_lost_checkpoints_are_named_and_the_way_out_is_told(tmp_path):
+    files.write_json(tmp_path / "run/record.json", record(GRID[0]))
+    done = tinylm("verify", tmp_path)
+    assert done.returncode == 1 and f"{tmp_path / 'run'} has lost its checkpoints" in done.stdout
+    with pytest.raises(files.Damaged, match="lost its checkpoints; delete the folder and give "):
+        tuning.load_params(tmp_path / "run", GRID[0].model)
+
+
+def test_fit_of_a_sweep_honours_its_flags_or_refuses_them(forecast):
+    folder, _ = forecast
+    fit = ("fit", folder / "sweep", "--json")
+    done = tinylm(*fit, "--form", "frontier", "--drop-worst", 1, "--bootstrap", 5)
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["form"] == "frontier" and told["bootstrap"]["resamples"] == 5
+    assert told["dropped"][0].startswith("dropped the 1 largest")
+    for flags in (("--objective", "ls"), ("--drop-worst", 1), ("--bootstrap", 5)):
+        done = tinylm(*fit, *flags)
+        assert done.returncode == 2 and f"{flags[0]} is for one law; name it with --form" in (
+            done.stderr), done.stderr
+    done = tinylm(*fit, "--form", "frontier", "--loss-col", "nll")
+    assert done.returncode == 2 and "--loss-col nll is for a CSV" in done.stderr

@@ -90,8 +90,10 @@ def survey() -> tuple[str, int]:
 
 
 def memory() -> float:
-    """Give the bytes of one device that JAX may use; MEMORY where the backend does not say."""
-    return _asked()[2] or MEMORY
+    """Give the bytes of one device: a CPU's are the machine's; MEMORY where none are told."""
+    backend, _, told = _asked()
+    installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return told or (installed if backend == "cpu" else MEMORY)
 
 
 @functools.cache

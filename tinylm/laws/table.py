@@ -1,6 +1,5 @@
 """Fit anybody's table of runs by the name of a law, and rank the laws by what they forecast."""
 
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -9,7 +8,7 @@ from tinylm.config import BadInput
 from tinylm.laws.fit import Estimator, Fit, fit_frontier, fit_law, resample
 from tinylm.laws.forms import Coupled, DataConstrained, Kaplan, OverTraining, Saturating, Surface
 from tinylm.laws.isoflop import Minimum, minima
-from tinylm.laws.runs import Runs, distinct, drop_worst, read_csv
+from tinylm.laws.runs import Runs, distinct, drop_worst
 
 Form = Literal["chinchilla", "coupled", "saturating", "kaplan", "overtraining", "data-constrained",
                "frontier", "power-law", "power-law-last4"]
@@ -20,10 +19,9 @@ COMPARED = 5000
 CUTS = (0.5, 0.6, 0.7, 0.8, 0.9)  # of the runs by compute, where there are no isoFLOP minima
 
 
-def cleaned(path: Path, columns: dict[str, str], worst: int = 0) -> tuple[Runs, list[str]]:
-    """Read a CSV (see read_csv), drop repeated rows and the `worst` losses; say what went."""
-    runs, said = read_csv(path, columns=columns), []
-    kept = distinct(runs)
+def cleaned(runs: Runs, worst: int = 0) -> tuple[Runs, list[str]]:
+    """Drop repeated rows and the `worst` losses; say what went."""
+    kept, said = distinct(runs), []
     if repeats := len(runs.loss) - len(kept.loss):
         said.append(f"dropped {repeats} rows that repeat an earlier row in every number")
     if worst:

@@ -57,14 +57,12 @@ class ModelConfig:
     """base of the rotary wavelengths"""
 
     def __post_init__(self):
-        for name in ("V", "D", "L", "H", "T"):
-            if getattr(self, name) < 1:
-                raise BadInput(f"{name}={getattr(self, name)} is below 1; choose 1 or more")
+        most = {"V": 65536, "D": 1e6, "L": 1000, "H": 1e6, "T": 1e6}  # V: what a token file holds
+        for name, high in most.items():
+            require(name, getattr(self, name), 1, high)
         for name in ("K", "F", "G"):
             require(name, getattr(self, name), 0, 1e6)
         require("rope_theta", self.rope_theta, 1.0, 1e30)
-        if self.V > 65536:
-            raise BadInput(f"V={self.V} is above 65536, which a token file holds; choose less")
         if not self.K and self.D % self.H:
             low = self.D // self.H * self.H
             either = f"D={low} or D={low + self.H}" if low else f"D={self.H}"

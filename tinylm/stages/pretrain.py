@@ -21,7 +21,7 @@ import numpy as np
 from tinylm import files, machine
 from tinylm.config import BadInput, canonical, digest, from_json, identity, require, to_json
 from tinylm.evaluate.heldout import eval_id, heldout
-from tinylm.laws.accounting import flops_per_token, parameters, six_nd
+from tinylm.laws.accounting import STATE_BYTES, flops_per_token, parameters, six_nd
 from tinylm.model.decoder import ModelConfig, Params, init
 from tinylm.text.shards import Dataset
 from tinylm.train import batch, checkpoint, loop, losses, optim, population, run, step
@@ -139,6 +139,14 @@ def check(config: PretrainConfig, data: Dataset, plan: machine.Plan) -> float:
                        f"{held} held; at most {MOST_EPOCHS:g} are allowed: bring more text or "
                        "train fewer steps")
     return config.tokens / held
+
+
+def check_memory(model: ModelConfig) -> None:
+    """Refuse a model whose weights, gradients and optimiser a device does not hold."""
+    need, held = STATE_BYTES * sum(counts(model).values()), machine.memory()
+    if need > held:
+        raise BadInput(f"a model of D={model.D}, L={model.L}, V={model.V} takes {need / 1e9:,.0f} "
+                       f"GB to train and a device here has {held / 1e9:,.0f}; choose a smaller one")
 
 
 def pretrain(

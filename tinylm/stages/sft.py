@@ -138,9 +138,10 @@ def _pack(documents: list[Document], tokenizer: Tokenizer, T: int, rows: int) ->
 
 def load_params(folder: Path, model: ModelConfig) -> Params:
     """Load the final parameters of a finished run of this shape."""
-    places = checkpoint.steps(Path(folder) / "checkpoints")
-    if run.record(folder) is None or not places:
+    if run.record(folder) is None:
         raise BadInput(f"{folder} is no finished run; train it first")
+    if not (places := checkpoint.steps(Path(folder) / "checkpoints")):
+        raise files.Damaged(f"{folder} {run.LOST}")
     like = jax.eval_shape(functools.partial(init, model), jax.random.key(0))
     return checkpoint.restore_params(places[-1], like)
 

@@ -102,7 +102,7 @@ def _settle(folder: Path, wanted: dict[str, PretrainConfig], population: int) ->
     plans = {n: machine.plan_for(c.rows, c.model.T, c.model.D, backend, each)
              for n, c in wanted.items()}
     most = population or (1 if backend == "cpu" else packing.MOST)
-    packs, plans = packing.pack(wanted, plans, most, machine.memory())
+    packs, plans = packing.pack(wanted, plans, most, machine.memory() / workers)
     listed = {"workers": workers, "packs": packs, "idle": packing.idle(packs, wanted, plans),
               "plans": {n: dataclasses.asdict(p) for n, p in plans.items()}, "runs": runs}
     files.write_json(place, listed)

@@ -28,6 +28,10 @@ METRICS = {
 """the columns of metrics.jsonl"""
 
 
+LOST = ("has lost its checkpoints; delete the folder and give the command that made it (tinylm "
+        "train, sft or sweep, or study.py) again")
+
+
 class Stopped(Exception):
     """A signal asked the run to stop; it has saved its state (exit code 75)."""
 

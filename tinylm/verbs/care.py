@@ -8,6 +8,7 @@ from tyro.conf import Positional
 from tinylm import files
 from tinylm.config import BadInput, require
 from tinylm.look import progress
+from tinylm.train import run
 
 NOTES = ("config.json", "plan.json", "record.json", "failure.json", "environment.json",
          "sweep.json", "tuning.json", "baselines.json", "law.json", "forecast.json", "score.json",
@@ -81,12 +82,15 @@ def verify(path: Positional[Path], json: bool = False) -> None:
     bad = [problem for folder in sealed for problem in files.problems(folder)]
     for note in notes:
         try:
-            listed = files.read_json(note).get("files", {})
+            found = files.read_json(note)
         except files.Damaged as damage:
             bad.append(str(damage))
             continue
+        if (note.name == "record.json" and found.get("status") == "ok"
+                and not any(note.parent.glob("checkpoints/step-*"))):
+            bad.append(f"{note.parent} {run.LOST}")
         bad += [f"{note.parent / name} has other bytes than its record says"
-                for name, sha in listed.items()
+                for name, sha in found.get("files", {}).items()
                 if not (note.parent / name).exists() or files.sha256(note.parent / name) != sha]
     progress.answer({"checked": len(sealed) + len(notes), "bad": bad}, json,
                     "\n".join(bad)

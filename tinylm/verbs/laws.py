@@ -4,15 +4,17 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
+from tinylm.config import BadInput
 from tinylm.laws import forecast as forecasts
 from tinylm.laws import table
 from tinylm.laws.fit import Estimator
+from tinylm.laws.runs import read_csv
 from tinylm.look import progress
 from tinylm.sweep import law
 from tinylm.verbs import folders
 
 
-def fit(runs: Positional[Path], form: table.Form = "chinchilla",
+def fit(runs: Positional[Path], form: table.Form | None = None,
         objective: Estimator = "huber", delta: float = 1e-3, ceiling: float = 0.0,
         params_col: str = "", tokens_col: str = "", flops_col: str = "", loss_col: str = "",
         unique_col: str = "", drop_worst: int = 0, bootstrap: int = 0, compare: bool = False,
@@ -21,7 +23,7 @@ def fit(runs: Positional[Path], form: table.Form = "chinchilla",
 
     Args:
         runs: folder whose subfolders are runs, or a CSV with loss and two of params, tokens, flops
-        form: the law to fit to a CSV
+        form: the law to fit; none: every law to a folder, chinchilla to a CSV
         objective: huber or lad of log loss, or ls of the loss
         delta: log loss at which huber turns from square to absolute
         ceiling: nats at which the saturating law levels off, such as ln V
@@ -35,19 +37,31 @@ def fit(runs: Positional[Path], form: table.Form = "chinchilla",
         compare: rank the laws by their forecasts from below to above a cut of compute
         json: print the fit on the last line
     """
-    if runs.is_dir() and not compare:
-        fitted = law.fit(folders.records(runs))
-        progress.answer(fitted, json, progress.law(fitted))
-        return
     columns = {"params": params_col, "tokens": tokens_col, "flops": flops_col, "loss": loss_col,
                "unique": unique_col}
-    found, dropped = ((law.runs_of(folders.records(runs))[0], []) if runs.is_dir() else
-                      table.cleaned(runs, {k: v for k, v in columns.items() if v}, drop_worst))
+    columns = {k: v for k, v in columns.items() if v}
+    if runs.is_dir():
+        for name, column in columns.items():
+            raise BadInput(f"--{name}-col {column} is for a CSV and {runs} is a folder; leave it "
+                           "out")
+        records = folders.records(runs)
+        if not (form or compare):
+            for flag, given in (("objective", objective != "huber"), ("delta", delta != 1e-3),
+                                ("ceiling", ceiling), ("drop-worst", drop_worst),
+                                ("bootstrap", bootstrap)):
+                if given:
+                    raise BadInput(f"--{flag} is for one law; name it with --form")
+            fitted = law.fit(records)
+            progress.answer(fitted, json, progress.law(fitted))
+            return
+    everything = law.runs_of(records)[0] if runs.is_dir() else read_csv(runs, columns=columns)
+    found, dropped = table.cleaned(everything, drop_worst)
     if compare:
         ranked = table.compare(found, objective, delta, ceiling)
         progress.answer({"dropped": dropped, "ranked": ranked}, json,
                         progress.ranked(ranked, dropped))
         return
+    form = form or "chinchilla"
     told = table.told(table.fit_form(found, form, objective, delta, ceiling), bootstrap)
     progress.answer({"form": form, "estimator": objective, "dropped": dropped, **told}, json,
                     progress.fitted(told, dropped))

@@ -66,6 +66,7 @@ def train(out: Path, corpus: tuple[str, ...] = (), field: str = "text", text: Pa
         json: print the record on the last line
     """
     pretrain.PretrainConfig(model, optim, steps, batch)  # refuse impossible shapes before reading
+    pretrain.check_memory(model)
     data, _ = folders.prepared(text or out / "text", corpus, field, model.V, reuse=text is not None)
     target = forecasts.read(forecast).target_flops if forecast else 0.0
     sha = files.sha256(forecast) if forecast else ""
@@ -117,6 +118,7 @@ def sweep(out: Path, budgets: tuple[float, ...], widths: tuple[int, ...],
         progress.say(progress.listing({"sweep": runs}, data, 1e11))
         return
     for one in runs:
+        pretrain.check_memory(one.model)
         pretrain.check(one, data, machine.Plan())
     with progress.live("sweep") as watch:
         records = runner.sweep(out / "runs", runs, data.folder, watch, population)
