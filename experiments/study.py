@@ -68,7 +68,8 @@ def main(args: Args) -> int:
     position = [cells.position(study, base, data.id)]
     if args.dry_run:
         runs = {"tuning": tuning, "position": position, "sweep": grid}
-        say(progress.listing({**runs, **cells.expected(study, models, data.id)}, data, study.rate))
+        runs |= cells.expected(study, models, data.id)
+        say(progress.listing(progress.expected(runs, data, study.rate)))
         return 0
 
     tables = baselines.measured(out / "baselines.json", data, base.T, study.order)

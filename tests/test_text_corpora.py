@@ -1,4 +1,5 @@
 import bz2
+import codecs
 import gzip
 import json
 import lzma
@@ -131,6 +132,8 @@ HOSTILE = {
     "small.txt": (b"a few words", "11 characters of text, fewer than the 2000"),
     "nul.txt": (b"abc\0" + b"x" * 3000, "NUL byte at offset 3"),
     "latin.txt": ("caf\xe9 ".encode("latin-1") * 900, "not UTF-8 at byte 3"),
+    "wide.txt": (codecs.BOM_UTF32_LE + prose(9).encode("utf-32-le"), "is UTF-32; "),
+    "wide-be.txt": (codecs.BOM_UTF32_BE + prose(9).encode("utf-32-be"), "-f UTF-32 -t UTF-8"),
     "same.txt": (b"aaaa\n" * 2000, "repeats one text"),
     "plain.txt.gz": (b"not packed" * 300, "not a whole .gz file"),
     "plain.txt.bz2": (b"not packed" * 300, "not a whole .bz2 file"),
@@ -141,7 +144,8 @@ HOSTILE = {
     "noending": (b"", "ends in nothing"),
     "torn.jsonl": (f'{LONG}\n{{"text": "abc'.encode(), "torn.jsonl:2 is not JSON"),
     "list.jsonl": (f"{LONG}\n[1]".encode(), "list.jsonl:2 is a list, not an object"),
-    "field.jsonl": (f'{LONG}\n\n{{"body": "abc"}}'.encode(), "field.jsonl:3 has no field 'text'"),
+    "field.jsonl": (f'{LONG}\n\n{{"body": "abc"}}'.encode(),
+                    "field.jsonl:3 has no field 'text', only 'body'; name one with --field"),
     "null.jsonl": (b'{"text": null}', "null.jsonl:1 has a NoneType in 'text'"),
     "number.jsonl": (b'{"text": 3}', "number.jsonl:1 has a int"),
     "nan.jsonl": (b'{"text": "a", "weight": NaN}', "NaN is not a finite number"),

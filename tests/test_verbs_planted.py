@@ -225,3 +225,47 @@ def test_fit_of_a_sweep_honours_its_flags_or_refuses_them(forecast):
             done.stderr), done.stderr
     done = tinylm(*fit, "--form", "frontier", "--loss-col", "nll")
     assert done.returncode == 2 and "--loss-col nll is for a CSV" in done.stderr
+
+
+def test_a_dry_run_lists_as_json_what_its_table_shows(monkeypatch, tmp_path):
+    data = SimpleNamespace(id="d", train=np.zeros(10**6, np.uint16))
+    monkeypatch.setattr(folders, "prepared", lambda *_, **__: (data, None))
+    done = tinylm("sweep", "--out", tmp_path / "x", "--budgets", 1e10, "--widths", 8, 12, 16, 20,
+                  24, "--spread", 30, "--dry-run", "--json")
+    told = json.loads(done.stdout)
+    assert sorted(r["width"] for r in told["runs"]) == [8, 12, 16, 20, 24]
+    assert told["flops"] == pytest.approx(sum(r["FLOPs"] for r in told["runs"]))
+    assert told["runs"][0]["for"] == "sweep" and told["seconds_to_compile"] == 25
+
+
+def test_a_forecast_of_what_is_known_is_refused_and_one_of_the_far_warns(forecast, tmp_path):
+    folder, _ = forecast
+    for flops, out, words in ((9e11, tmp_path / "a.json", "flops=9e+11 is not above the sweep's"),
+                              (5e12, tmp_path, f"{tmp_path} is a folder; name the file to write")):
+        done = tinylm("forecast", folder / "sweep", "--flops", flops, "--out", out)
+        assert done.returncode == 2 and words in done.stderr, done.stderr
+        assert len(done.stderr.splitlines()) == 1 and not any(tmp_path.iterdir())
+    far = tinylm("forecast", folder / "sweep", "--flops", 1e16, "--out", tmp_path / "far.json")
+    assert "WARNING: 1e+04 times the sweep's largest budget is farther than" in far.stdout
+
+
+@pytest.mark.parametrize(("answers", "code", "words"), [
+    (["a", "a", "a", "bb", "c" * 90, "ddd"], 0, ("2 duplicate conversations dropped",
+                                                 "1 of 4 conversations left out", "T=32 tokens")),
+    (["x" * 90, "y" * 50], 2, ("all 2 conversations are longer than T=32 tokens, the shortest is "
+                               "56; ",))])
+def test_sft_says_which_conversations_it_leaves_out(monkeypatch, tmp_path, answers, code, words):
+    monkeypatch.setattr(models, "opened", opened)
+    monkeypatch.setattr(folders, "finished", lambda folder: {"id": "x"})
+    monkeypatch.setattr(folders, "plan_of", lambda *_: None)
+    monkeypatch.setattr(tuning, "sft", lambda *_: {"id": "x", "status": "ok", "loss": None})
+    talks = [[{"role": "user", "content": "q"}, {"role": "assistant", "content": a}]
+             for a in answers]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"messages": t}) + "\n" for t in talks))
+    done = tinylm("sft", "run", "--out", tmp_path / "out", "--data", tmp_path / "t.jsonl")
+    assert done.returncode == code and all(w in done.stderr for w in words), done.stderr
+
+
+def test_text_that_is_no_prepared_folder_is_called_that(tmp_path):
+    done = tinylm("train", "--out", tmp_path / "x", "--text", tmp_path / "none")
+    assert done.returncode == 2 and f"--text {tmp_path / 'none'} is no prepared" in done.stderr

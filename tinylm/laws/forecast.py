@@ -151,6 +151,9 @@ def check(forecast_path: Path, record: dict[str, Any]) -> Score:
     the forecast existed first. Another sha256 or another evaluation set raises BadInput.
     """
     forecast, sha = read(forecast_path), files.sha256(forecast_path)
+    if record.get("status", "ok") != "ok":
+        raise BadInput(f"the run ended as {record['status']}; a forecast is scored by a finished "
+                       "run")
     try:
         named = record["config"]["forecast_sha256"]
         measured, eval_id = float(record["loss"]["nats_per_token"]), record["eval_id"]
@@ -178,7 +181,10 @@ def check(forecast_path: Path, record: dict[str, Any]) -> Score:
 def append_to_ledger(path: Path, score: Score) -> bool:
     """Append a score to a CSV that only grows; False if that forecast is in it already."""
     path, header = Path(path), ",".join(Score._fields)
-    lines = path.read_text("utf-8").splitlines() if path.exists() else []
+    try:
+        lines = path.read_text("utf-8").splitlines() if path.exists() else []
+    except UnicodeDecodeError as bad:
+        raise BadInput(f"{path} is not UTF-8 at byte {bad.start}; give a forecast ledger") from None
     if lines and lines[0] != header:
         raise BadInput(f"{path} begins with {lines[0]!r}, not {header!r}; give a forecast ledger")
     if any(row["forecast_sha256"] == score.forecast_sha256 for row in csv.DictReader(lines)):

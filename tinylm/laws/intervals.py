@@ -95,6 +95,12 @@ def shipped() -> dict[str, Any]:
     return files.read_json(SHIPPED)
 
 
+def farthest() -> float:
+    """Give the largest target FLOPs, over those fitted, of the forecasts that calibrate."""
+    return max(row[0] for study in shipped()["studies"].values()
+               for row in study["factor_error_scale"])
+
+
 def coverage_told() -> str:
     """Say in a phrase how often intervals of this rule held, on studies they were not set by."""
     c = shipped()

@@ -92,30 +92,40 @@ def _sweep_table(title: str, p: Any) -> Table:
     return table
 
 
-def listing(runs: dict[str, list[Any]], data: Dataset, rate: float) -> Table:
-    """List PretrainConfigs by purpose before they are trained, at `rate` FLOP/s their seconds.
+def expected(runs: dict[str, list[Any]], data: Dataset, rate: float) -> dict[str, Any]:
+    """Say of PretrainConfigs by purpose what they will take, at `rate` FLOP/s their seconds.
 
-    A branch's FLOPs are those of the run alone; its seconds, and the title, are what it takes.
+    A branch's FLOPs are those of the run alone; its seconds, and the sum, are what it takes.
     """
     from tinylm.stages.pretrain import counts
     from tinylm.train.batch import windows
 
-    configs = [c for part in runs.values() for c in part]
-    total = sum(c.spent for c in configs)
-    compiling = COMPILE_SECONDS * len({c.model for c in configs})
-    table = Table(title=f"{len(configs)} runs, {total:.2e} FLOPs, about "
-                        f"{(total / rate + compiling) / 60:.1f} min, {compiling:.0f} s to compile")
-    for column in ("for", "width", "params", "tokens", "tokens/param", "epochs", "FLOPs", "lr",
-                   "seconds"):
-        table.add_column(column, justify="right")
+    rows = []
     for purpose, c in ((p, c) for p, part in runs.items() for c in part):
         size = counts(c.model)
         params = size["head"] + size["blocks"]
         epochs = c.tokens / (windows(data.train, c.model.T) * c.model.T)
-        table.add_row(purpose if c.kind == "pretrain" else c.kind, str(c.model.D), str(params),
-                      str(c.tokens), f"{c.tokens / params:.1f}",
-                      "" if purpose == "chat" else f"{epochs:.2f}", f"{c.flops:.2e}",
-                      f"{c.optim.lr:.2e}", f"{c.spent / rate:.0f}")
+        rows.append({"for": purpose if c.kind == "pretrain" else c.kind, "width": c.model.D,
+                     "params": params, "tokens": c.tokens, "tokens/param": c.tokens / params,
+                     "epochs": None if purpose == "chat" else epochs, "FLOPs": c.flops,
+                     "lr": c.optim.lr, "seconds": c.spent / rate})
+    configs = [c for part in runs.values() for c in part]
+    return {"runs": rows, "flops": sum(c.spent for c in configs),
+            "seconds_to_compile": COMPILE_SECONDS * len({c.model for c in configs})}
+
+
+def listing(found: dict[str, Any]) -> Table:
+    """Draw what is `expected` as a table."""
+    rows, compiling = found["runs"], found["seconds_to_compile"]
+    minutes = (sum(row["seconds"] for row in rows) + compiling) / 60
+    table = Table(title=f"{len(rows)} runs, {found['flops']:.2e} FLOPs, about {minutes:.1f} min, "
+                        f"{compiling:.0f} s to compile")
+    formats = {"tokens/param": ".1f", "epochs": ".2f", "FLOPs": ".2e", "lr": ".2e",
+               "seconds": ".0f"}
+    for column in rows[0]:
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*("" if v is None else format(v, formats.get(k, "")) for k, v in row.items()))
     return table
 
 

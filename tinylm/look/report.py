@@ -51,6 +51,8 @@ def warnings(study: Study) -> str:
     most = max((r["epochs"] for r in runs if r["kind"] != "sft"), default=0.0)
     if most > 1:
         found.append(f"a run saw its training text {most:.2f} times")
+    if said := study.optional("forecast.json", {"warning": ""})["warning"]:
+        found.append(said)
     return "".join(p(f"Warning: {text}.", "warn") for text in found) or p(
         f"No warnings in {len(runs)} records.")
 
@@ -58,13 +60,13 @@ def warnings(study: Study) -> str:
 def headline(study: Study) -> str:
     """Put forecast beside outcome."""
     s, f = study.part("score.json"), study.part("forecast.json")
+    line = "best runs of the last two budgets" if "best_runs" in f["laws"] else "last two minima"
     return p(f"Forecast {s['predicted']:.4f} nats per token, measured {s['measured']:.4f}: the "
              f"forecast erred by {s['error_percent']:+.2f}%, and the outcome lies "
              f"{'inside' if s['inside'] else 'OUTSIDE'} its interval, {s['low']:.4f} to "
-             f"{s['high']:.4f}.", "big") + (
-        p(f"Warning: {f['warning']}.", "warn") if f["warning"] else "") + p(
+             f"{s['high']:.4f}.", "big") + p(
         f"Of the interval: {f['coverage']}.") + p(
-        f"A straight line through the last two minima would have erred by "
+        f"A straight line through the {line} would have erred by "
         f"{s['naive_error_percent']:+.2f}%. This is the study “{s['name']}”: its held-out run took "
         f"{scientific(s['target_flops'])} FLOPs on {f['target_params']:,.0f} parameters and "
         f"{f['target_tokens']:,.0f} tokens. The forecast came first: the run's config names its "
@@ -158,9 +160,14 @@ def isoflops(study: Study) -> str:
 def frontier(study: Study) -> str:
     """Show the frontier, the laws and the forecast."""
     laws, f = study.part("law.json"), study.part("forecast.json")
-    rows = [(name.replace("_", " with "), laws[name].get("refused") or ", ".join(
-        f"{k} = {v:.5g}" for k, v in laws[name].items() if k not in ("objective", "certificate")))
-        for name in ("frontier", "frontier_floor", "surface")]
+    rows = []
+    for name in ("frontier", "frontier_floor", "surface"):
+        found = laws[name]
+        numbers = [f"{k} = {v:.5g}" for k, v in found.items()
+                   if k not in ("refused", "objective", "certificate")]
+        if bound := found.get("certificate", {}).get("at_bound"):
+            numbers.append(f"AT ITS LIMIT: {', '.join(bound)}")
+        rows.append((name.replace("_", " with "), found.get("refused") or ", ".join(numbers)))
     parts = ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in f["laws"].items())
     return page.figure(plots.svg(plots.frontier(study)), "The laws are drawn through the minima "
                        "alone; the band is nine tenths of power laws through minima redrawn within "

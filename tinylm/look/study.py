@@ -59,7 +59,7 @@ class Study:
         """Read one fit of law.json; a refused one raises its reason."""
         found = self.part("law.json")[name]
         if "refused" in found:
-            raise BadInput(f"no {name.replace('_', ' with ')} was fitted: {found['refused']}")
+            raise BadInput(f"no fit of {name.replace('_', ' with ')}: {found['refused']}")
         return found
 
     def frontiers(self) -> dict[str, Frontier]:

@@ -19,6 +19,8 @@ from tinylm import files
 from tinylm.config import BadInput, digest
 
 OPENERS = {".gz": gzip.decompress, ".bz2": bz2.decompress, ".xz": lzma.decompress}
+WIDE = {"UTF-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
+        "UTF-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)}
 SUPPORTED = ".txt, .jsonl (each also .gz, .bz2, .xz) and .parquet"
 FEWEST_CHARACTERS = 2_000
 FEWEST_DOCUMENTS = 20
@@ -244,8 +246,10 @@ def _text(path: Path) -> str:
                            "rename or download it again") from None
     if not data.strip():
         raise BadInput(f"{path} is empty or white space only; give a file with text")
-    if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-        raise BadInput(f"{path} is UTF-16; convert it, for example with iconv -f UTF-16 -t UTF-8")
+    for name, marks in WIDE.items():  # UTF-32 first: its little-endian mark begins with UTF-16's
+        if data.startswith(marks):
+            raise BadInput(f"{path} is {name}; convert it, for example with "
+                           f"iconv -f {name} -t UTF-8")
     if b"\0" in data:
         raise BadInput(f"{path} has a NUL byte at offset {data.index(0)}, so it is binary; "
                        "give UTF-8 text")
@@ -263,7 +267,8 @@ def _of_row(where: str, row: dict[str, Any], field: str) -> tuple[str, tuple]:
     if "messages" in row:
         messages = turns(row, where)
         return "\n".join(text for _, text in messages), messages
-    raise BadInput(f"{where} has no field {field!r}; it has {', '.join(map(repr, row))}")
+    raise BadInput(f"{where} has no field {field!r}, only {', '.join(map(repr, row))}; "
+                   "name one with --field")
 
 
 def _parquet(path: Path, field: str) -> list[str]:

@@ -19,6 +19,9 @@ def prepared(folder: Path, corpus: tuple[str, ...], field: str, V: int,
     if reuse:
         if corpus:
             raise BadInput(f"--text {folder} and --corpus {corpus[0]} are two sources; give one")
+        if not folder.is_dir():
+            raise BadInput(f"--text {folder} is no prepared folder; give a run's text/ or "
+                           "text files with --corpus")
         return open_dataset(folder / "tokens"), prepare.open_tokenizer(folder)
     loaded = corpora.load(corpus, field)
     progress.say(progress.corpus(loaded))

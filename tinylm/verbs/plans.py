@@ -10,7 +10,7 @@ import numpy as np
 from tyro.conf import Positional
 
 from tinylm.config import BadInput, from_json, require
-from tinylm.laws import accounting
+from tinylm.laws import accounting, intervals
 from tinylm.laws import forecast as forecasts
 from tinylm.laws import plan as planning
 from tinylm.laws.plan import Cell, cell
@@ -36,14 +36,22 @@ def forecast(runs: Positional[Path], flops: float, out: Path, D: int = 0, batch:
         json: print the forecast on the last line
     """
     require("flops", flops, 1e6, 1e30)
+    if out.is_dir():
+        raise BadInput(f"--out {out} is a folder; name the file to write")
     records = folders.records(runs)
     table, ids, eval_id = law.runs_of(records)
     base = from_json(ModelConfig, records[0]["config"]["model"], "model")
+    if flops <= (top := float(table.flops.max())):
+        raise BadInput(f"flops={flops:g} is not above the sweep's largest budget, {top:.4g}; "
+                       "forecast a larger run")
     batch = batch or records[0]["config"]["batch"]
     widths = [D] if D else range(base.H * 2, 64 * base.H * 2, base.H * 2)
     best = cells.nearest(cells.ladder(base, widths), cells.best_params(law.fit(records), flops))
     target = cell(flops, best.shape, batch)
     gate = law.tuning_gate(law.tuning_verdict(folders.records(tuning)) if tuning else [])
+    if flops > (most := intervals.farthest()) * top:
+        far = f"{flops / top:.3g} times the sweep's largest budget is farther than the {most:.3g} "
+        gate = "; ".join(filter(None, (far + "times that past forecasts were tried at", gate)))
     made = forecasts.make(table, ids, target.flops, target.params, target.tokens, eval_id,
                           warning=gate)
     sha = forecasts.write(out, made)

@@ -115,7 +115,9 @@ def sweep(out: Path, budgets: tuple[float, ...], widths: tuple[int, ...],
     runs = [cells.config(c, ladder, optim, rule, batch, data.id, seed) for c in chosen]
     wanted, runs = len(runs), shared(runs, rule) if trunks else runs
     if dry_run:
-        progress.say(progress.listing({"sweep": runs}, data, 1e11))
+        found = progress.expected({"sweep": runs}, data, 1e11)
+        progress.say(progress.listing(found))
+        progress.answer(found, json, "nothing was trained")
         return
     for one in runs:
         pretrain.check_memory(one.model)
@@ -180,7 +182,17 @@ def _conversations(data, corpus, field, learnt, T, steps, rows):
     if not data:
         loaded = corpora.load(corpus, field)
         return tuning.pack_splits(loaded, learnt, T, steps, rows)
-    talks = [messages for path in data for messages in read_jsonl(path)]
-    held = talks[::25] if len(talks) > 1 else []
-    kept = [t for n, t in enumerate(talks) if n % 25] if held else talks
-    return [pack([render(t, learnt) for t in part], T) for part in (kept, held)]
+    read = [messages for path in data for messages in read_jsonl(path)]
+    talks = list(dict.fromkeys(read))  # a repeated one could lie on both sides of the split
+    sides = [[render(t, learnt) for n, t in enumerate(talks) if (n % 25 > 0) == train]
+             for train in (True, False)]
+    packed = [pack(side, T) for side in sides]
+    if len(talks) < len(read):
+        progress.say(f"{len(read) - len(talks)} duplicate conversations dropped")
+    if dropped := sum(side.dropped for side in packed):
+        if dropped == len(talks):
+            least = min(len(ids) for side in sides for ids, _ in side)
+            raise BadInput(f"all {dropped} conversations are longer than T={T} tokens, the "
+                           f"shortest is {least}; bring shorter ones or tune a model of larger T")
+        progress.say(f"{dropped} of {len(talks)} conversations left out: longer than T={T} tokens")
+    return packed
