@@ -24,7 +24,7 @@ import tyro
 
 from tinylm import files, machine
 
-machine.pin(devices=max(2, len(machine.cores())))
+machine.command()
 
 from tinylm import bench  # noqa: E402  (JAX must start pinned)
 from tinylm.__main__ import arguments, guarded  # noqa: E402

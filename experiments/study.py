@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import tyro
-
 from tinylm import files, machine
 
-machine.pin(devices=max(2, len(machine.cores())))
+machine.command()
+
+import tyro  # noqa: E402
 
 from tinylm.__main__ import arguments, guarded  # noqa: E402  (JAX must start pinned)
 from tinylm.config import BadInput  # noqa: E402

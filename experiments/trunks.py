@@ -18,7 +18,7 @@ import tyro
 
 from tinylm import files, machine
 
-machine.pin(devices=max(2, len(machine.cores())))
+machine.command()
 
 from tinylm.__main__ import arguments, guarded  # noqa: E402  (JAX must start pinned)
 from tinylm.laws.plan import cell  # noqa: E402

@@ -1,8 +1,14 @@
 """The report: what it says of a study with known numbers, and what it says of missing ones."""
 
 import html.parser
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import threading
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -13,7 +19,7 @@ from tinylm import files
 from tinylm.config import to_json
 from tinylm.evaluate.heldout import eval_id
 from tinylm.laws import forecast, isoflop
-from tinylm.look import report
+from tinylm.look import notebook, report
 from tinylm.look.study import Study
 from tinylm.model.decoder import ModelConfig, init
 from tinylm.sweep import law
@@ -237,3 +243,13 @@ def test_a_bound_is_shown_and_no_minimum_is_spoken_of_where_none_was_used(study)
     page = report.write(study).read_text()
     assert "No warnings in 17 records." in page and "E = 1.5, AT ITS LIMIT: E" in page
     assert "through the best runs of the last two budgets" in page
+
+
+def test_a_signal_while_a_notebook_runs_ends_its_kernel_and_is_told_as_one():
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as kernel:
+        client = SimpleNamespace(execute=lambda env: kernel.wait(), _cleanup_kernel=print)
+        timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            notebook._run(client, SimpleNamespace(provisioner=kernel), {})
+        assert kernel.poll() == -signal.SIGKILL

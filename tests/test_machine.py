@@ -1,6 +1,9 @@
 """The execution plan always fits the batch, and says so where it cannot."""
 
 import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -24,3 +27,36 @@ def test_every_plan_divides_its_batch_and_uses_the_devices_that_can():
 def test_an_impossible_plan_is_refused_in_words(rows, devices, words):
     with pytest.raises(BadInput, match=words):
         machine.plan_for(rows, 128, 64, "cpu", 2, devices)
+
+
+@pytest.mark.parametrize(("told", "devices"), [("", 3), ("1", 1), ("2", 2), ("64", 3)])
+def test_a_cpu_has_as_many_devices_as_are_asked_for_and_cores(monkeypatch, told, devices):
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", told)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setattr(machine, "cores", lambda: [0, 1, 2])
+    monkeypatch.setattr(machine, "_plugins", lambda: False)
+    machine._asked.cache_clear()
+    assert machine.survey() == ("cpu", devices)
+    machine._asked.cache_clear()
+
+
+START = """
+import os, sys
+{odd}
+from tinylm import machine
+machine.command()
+{then}
+"""
+
+
+@pytest.mark.parametrize(("odd", "then", "code", "words"), [
+    ("os.environ['JAX_NUM_CPU_DEVICES'] = 'abc'", "", 2, "error: JAX_NUM_CPU_DEVICES='abc' is no"),
+    ("os.path.expanduser = lambda path: path", "", 2, "error: this user has no home folder"),
+    ("", "os.kill(os.getpid(), 2); import time; time.sleep(9)", 75, "stopped; the same command"),
+    ("", "os.kill(os.getpid(), 15); import time; time.sleep(9)", 75, "stopped; the same command")])
+def test_what_goes_wrong_before_a_command_begins_is_one_line(odd, then, code, words):
+    env = {k: v for k, v in os.environ.items() if k != "TINYLM_CACHE"}
+    done = subprocess.run([sys.executable, "-c", START.format(odd=odd, then=then)], env=env,
+                          capture_output=True, text=True)
+    line, = done.stderr.splitlines()
+    assert done.returncode == code and line.startswith(words)

@@ -1,6 +1,7 @@
 """Pretraining: it learns, and a killed run continues to the same bits."""
 
 import hashlib
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -131,3 +132,24 @@ def test_divergence_is_recorded_and_keeps_no_numbers(tmp_path, data, config):
     hot = replace(config, optim=replace(config.optim, lr=1e30, clip=1e30))
     record = pretrain(tmp_path / "run", hot, data, PLAN)
     assert record["status"] == "diverged" and record["loss"] is None
+
+
+def test_a_loss_that_is_finite_in_training_alone_is_divergence_too(tmp_path, data, config):
+    hot = replace(config, steps=2, optim=replace(config.optim, lr=1e12, clip=1e30))
+    record = pretrain(tmp_path / "run", hot, data, PLAN)
+    rows = files.read_lines(tmp_path / "run/metrics.jsonl")
+    assert all(row["train/nats_per_token"] < 1e30 for row in rows)
+    assert record["status"] == "diverged" and record["loss"] is None
+    with pytest.raises(BadInput, match="ended as diverged"):
+        load_params(tmp_path / "run", config.model)
+
+
+def test_a_tokenizer_of_another_corpus_is_not_taken_over(tmp_path):
+    one, other = (corpora.load([place]) for n, place in enumerate((tmp_path / "a.txt",
+                  tmp_path / "b.txt")) if place.write_text(
+                      "\n".join(story(100 * n + k) for k in range(30))))
+    prepare.prepare(tmp_path / "text", one, 128)
+    shutil.rmtree(tmp_path / "text/tokens")  # as if it was killed before them
+    with pytest.raises(BadInput, match="holds the tokenizer of corpus .*choose a new folder"):
+        prepare.prepare(tmp_path / "text", other, 128)
+    assert prepare.prepare(tmp_path / "text", one, 128)[0].facts["corpus_id"] == one.id

@@ -1,11 +1,13 @@
 """A sweep survives: kills, bad members, a second call, a second owner."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from test_stages_pretrain import bits, config, data  # noqa: F401  (fixtures)
@@ -82,10 +84,15 @@ def cut(folder, configs, data, how, population=0):  # noqa: F811
             break
         time.sleep(0.02)
     if process.poll() is None:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        workers = children.read_text().split() if children.exists() else []
         os.killpg(process.pid, how)
+        for worker_id in workers if how == signal.SIGKILL else ():  # they are not of that group
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(worker_id), how)
     code = process.wait(timeout=60)
     process.stderr.close()
-    assert code in ((-9,) if how == signal.SIGKILL else (75, -15, 0))
+    assert code in ((-9,) if how == signal.SIGKILL else (75, 0))
 
 
 def test_a_population_killed_in_its_middle_ends_with_the_bits_of_runs_alone(
@@ -98,16 +105,24 @@ def test_a_population_killed_in_its_middle_ends_with_the_bits_of_runs_alone(
         assert bits(tmp_path / "runs" / cells.name(c), c) == bits(whole[0] / cells.name(c), c)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_sweep_killed_in_its_middle_ends_with_the_same_bits(
         tmp_path, whole, configs, data, how):  # noqa: F811
     for _ in range(2 if how == signal.SIGKILL else 1):
         cut(tmp_path, configs, data, how)
+    begun = [log.parent for log in (tmp_path / "runs").glob("*/metrics.jsonl")]
+    if how == signal.SIGINT:  # to the whole group, as a terminal does: each run saved once
+        assert begun and all(list(place.glob("checkpoints/step-*")) for place in begun)
     folder, records = whole
     assert runner.sweep(tmp_path / "runs", configs, data.folder) == records
     for c in configs:
         assert bits(tmp_path / "runs" / cells.name(c), c) == bits(folder / cells.name(c), c)
     assert not list(tmp_path.rglob(".*.tmp"))
+
+
+def test_workers_that_do_not_start_are_told_with_what_they_said(tmp_path, config):  # noqa: F811
+    with pytest.raises(BadInput, match="workers end before they begin a run; .*worker-.*: .*none"):
+        runner.sweep(tmp_path / "runs", [config], tmp_path / "none")
 
 
 def test_a_member_that_cannot_train_is_a_row_that_says_so_and_the_rest_goes_on(

@@ -48,8 +48,9 @@ def test_train_repeated_shows_the_same_record(trained):
 def tuned(trained):
     folder, _, _ = trained
     talks = folder / "talks.jsonl"
-    turn = [{"role": "user", "content": "say ba"}, {"role": "assistant", "content": "ba"}]
-    talks.write_text("".join(json.dumps({"messages": turn}) + "\n" for _ in range(40)))
+    turns = [[{"role": "user", "content": f"say {x}{y}"}, {"role": "assistant", "content": x + y}]
+             for x in "bdgklmnr" for y in "aeiou"]
+    talks.write_text("".join(json.dumps({"messages": turn}) + "\n" for turn in turns))
     return last(tinylm("sft", folder / "run", "--out", folder / "chat", "--data", talks,
                        "--steps", 30, "--rows", 4, "--json"))
 

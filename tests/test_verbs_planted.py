@@ -269,3 +269,27 @@ def test_sft_says_which_conversations_it_leaves_out(monkeypatch, tmp_path, answe
 def test_text_that_is_no_prepared_folder_is_called_that(tmp_path):
     done = tinylm("train", "--out", tmp_path / "x", "--text", tmp_path / "none")
     assert done.returncode == 2 and f"--text {tmp_path / 'none'} is no prepared" in done.stderr
+
+
+def test_a_far_forecast_may_be_as_wide_as_its_law_wants(forecast, tmp_path):
+    folder, _ = forecast
+    done = tinylm("forecast", folder / "sweep", "--flops", 1e18, "--out", tmp_path / "f.json",
+                  "--json")
+    assert json.loads(done.stdout.splitlines()[-1])["D"] > 252
+
+
+def test_a_ledger_that_is_no_text_is_refused(forecast, tmp_path):
+    folder, told = forecast
+    (tmp_path / "forecasts.csv").write_bytes(b"\xff\xfe name")
+    files.write_json(folder / "target/record.json", record(replace(
+        GRID[0], model=replace(GRID[0].model, D=told["D"]), steps=told["steps"],
+        forecast_sha256=told["sha256"])))
+    done = tinylm("check", folder / "f.json", folder / "target", "--ledger",
+                  tmp_path / "forecasts.csv")
+    assert done.returncode == 2 and "is not UTF-8 at byte 0; give a" in done.stderr
+
+
+def test_names_in_brackets_are_said_as_they_are(monkeypatch):
+    monkeypatch.setattr(progress, "console", Console(file=(shown := io.StringIO()), width=80))
+    progress.say("read [red]odd[/red] [x].txt")
+    assert shown.getvalue() == "read [red]odd[/red] [x].txt\n"

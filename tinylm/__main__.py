@@ -8,7 +8,6 @@ import errno
 import functools
 import io
 import itertools
-import os
 import re
 import signal
 import sys
@@ -29,12 +28,10 @@ def guarded(action: Callable[[], int]) -> int:
     """
     from tinylm.train.run import Stopped
 
-    def stop(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) == signal.SIG_DFL:
-            signal.signal(number, stop)
+    for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace"),
+                           (sys.stderr, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
     try:
         return action()
     except BadInput as bad:
@@ -46,6 +43,11 @@ def guarded(action: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         return 75
+    except RuntimeError as fault:
+        if "Unable to initialize backend" not in str(fault):
+            raise
+        print(f"error: JAX does not start here: {fault}", file=sys.stderr)
+        return 2
     except OSError as fault:
         if fault.errno in MISNAMED:
             print(f"error: {fault}; choose another path", file=sys.stderr)
@@ -55,7 +57,13 @@ def guarded(action: Callable[[], int]) -> int:
 
 
 def arguments(parse: Callable[[], Any]) -> Any:
-    """Let tyro read argv; what it refuses becomes one line (BadInput) instead of a box."""
+    """Let tyro read argv; what it refuses becomes one line (BadInput) instead of a box.
+
+    From here on a signal raises KeyboardInterrupt, for `guarded` to tell.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
     for flag, after in itertools.pairwise([*sys.argv, "--"]):
         if flag in ("--corpus", "--data") and after.startswith("--"):
             raise BadInput(f"{flag} names no file; name one or more, or leave {flag} out for the "
@@ -74,7 +82,7 @@ def arguments(parse: Callable[[], Any]) -> Any:
 
 def main() -> int:
     """Start the verb named in argv."""
-    machine.pin(devices=int(os.environ.get("JAX_NUM_CPU_DEVICES", max(2, len(machine.cores())))))
+    machine.command()
 
     def start() -> int:
         import tyro

@@ -11,14 +11,13 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from tinylm.config import BadInput, require
-
-CACHE = Path(os.environ.get("TINYLM_CACHE", Path.home() / ".cache" / "tinylm"))
 
 MEMORY = 8e9
 """bytes of a device to count on where it does not say"""
@@ -60,6 +59,10 @@ def pin(devices: int = 1, cores: tuple[int, ...] = ()) -> None:
     """
     if "jax" in sys.modules:
         raise RuntimeError("machine.pin must run before jax is imported")
+    cache = os.environ.get("TINYLM_CACHE") or os.path.expanduser("~/.cache/tinylm")
+    if cache.startswith("~"):
+        raise BadInput("this user has no home folder to keep compiled programs in; set "
+                       "TINYLM_CACHE to a folder")
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_cpu_multi_thread_eigen" not in flags:
         flags = f"{flags} --xla_cpu_multi_thread_eigen=false".strip()
@@ -70,11 +73,38 @@ def pin(devices: int = 1, cores: tuple[int, ...] = ()) -> None:
     os.environ["JAX_NUM_CPU_DEVICES"] = str(devices)
     os.environ.setdefault("JAX_THREEFRY_PARTITIONABLE", "1")
     os.environ.setdefault("JAX_DEFAULT_PRNG_IMPL", "threefry2x32")
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "xla"))
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(cache, "xla"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     if cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cores)
+
+
+def command() -> None:
+    """Start a command: pin its process; a signal ends it in a line while libraries are imported.
+
+    Some libraries swallow the exception of a signal that comes while they load.
+    """
+    def leave(number: int, frame: Any) -> None:
+        print("stopped; the same command goes on", file=sys.stderr, flush=True)
+        os._exit(75)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+            signal.signal(number, leave)
+    try:
+        pin(devices_asked())
+    except BadInput as bad:
+        print(f"error: {bad}", file=sys.stderr)
+        sys.exit(2)
+
+
+def devices_asked() -> int:
+    """Give the CPU devices that JAX_NUM_CPU_DEVICES asks for; unset, one a core, at least 2."""
+    told = os.environ.get("JAX_NUM_CPU_DEVICES", "")
+    if told and not (told.isdecimal() and 1 <= int(told) <= 1024):
+        raise BadInput(f"JAX_NUM_CPU_DEVICES={told!r} is no number from 1 to 1024; unset it")
+    return int(told or max(2, len(cores())))
 
 
 def cores() -> list[int]:
@@ -104,7 +134,7 @@ def _asked() -> tuple[str, int, float]:
     here would start JAX and take a GPU's memory.
     """
     if os.environ.get("JAX_PLATFORMS", "") in ("", "cpu") and not _plugins():
-        return "cpu", len(cores()), 0.0
+        return "cpu", min(len(cores()), devices_asked()), 0.0
     code = ("import jax; told = jax.devices()[0].memory_stats() or {}; print("
             "jax.default_backend(), jax.device_count(), told.get('bytes_limit', 0))")
     env = {**os.environ, "JAX_NUM_CPU_DEVICES": "1"}
@@ -112,7 +142,8 @@ def _asked() -> tuple[str, int, float]:
     if done.returncode:
         raise BadInput(f"JAX does not start here: {done.stderr.strip().splitlines()[-1]}")
     backend, count, limit = done.stdout.split()[-3:]
-    return backend, len(cores()) if backend == "cpu" else int(count), float(limit)
+    return (backend, min(len(cores()), devices_asked()) if backend == "cpu" else int(count),
+            float(limit))
 
 
 def _plugins() -> bool:

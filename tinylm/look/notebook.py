@@ -1,8 +1,13 @@
 """Execute a notebook's py:percent source against a study; its outputs are kept."""
 
+import atexit
+import concurrent.futures
+import contextlib
 import os
+import signal
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from tinylm import files
 from tinylm.look import progress
@@ -27,7 +32,7 @@ def execute(source: Path, folder: Path, place: Path | None = None) -> Path | Non
         from zmq import ZMQError
     except ImportError as missing:
         progress.say(f"no notebook: {missing.name} is not installed; "
-                     "pip install 'tinylm\\[notebooks]'")
+                     "pip install 'tinylm[notebooks]'")
         return None
     book = jupytext.read(Path(source), fmt="py:percent")
     for number, cell in enumerate(book.cells):
@@ -41,9 +46,10 @@ def execute(source: Path, folder: Path, place: Path | None = None) -> Path | Non
                                 resources={"metadata": {"path": own}})
         kernel = client.create_kernel_manager()
         kernel.kernel_spec_manager = KernelSpecManager(kernel_dirs=[])  # python3 is then ours
-        kernel.transport, kernel.connection_file = "ipc", str(Path(own) / "kernel.json")
+        kernel.transport = "ipc" if len(own) < 80 else "tcp"  # a socket's path has 107 bytes
+        kernel.connection_file = str(Path(own) / "kernel.json")
         try:
-            client.execute(env=env)
+            _run(client, kernel, env)
         except (CellExecutionError, CellTimeoutError, DeadKernelError, RuntimeError,
                 ZMQError) as fault:
             progress.say(f"no notebook: {str(fault).strip().splitlines()[-1]}")
@@ -51,3 +57,18 @@ def execute(source: Path, folder: Path, place: Path | None = None) -> Path | Non
     place = place or Path(folder) / "study.ipynb"
     files.write_text(place, nbformat.writes(book) + "\n")
     return place
+
+
+def _run(client: Any, kernel: Any, env: dict[str, str]) -> None:
+    """Execute in a thread, where the client cannot put its signal handlers in place of ours."""
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        done = thread.submit(client.execute, env=env)
+        try:
+            done.result()
+        except KeyboardInterrupt:
+            with contextlib.suppress(AttributeError, ProcessLookupError):  # not started, or gone
+                os.kill(kernel.provisioner.pid, signal.SIGKILL)
+            raise
+        finally:
+            thread.shutdown()
+            atexit.unregister(client._cleanup_kernel)  # which asserts a kernel

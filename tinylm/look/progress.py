@@ -27,7 +27,7 @@ QUIET_SECONDS = 15.0
 
 def say(what: Any) -> None:
     """Print text or a table for a person (stderr; stdout is for results)."""
-    console.print(what)
+    console.print(what, markup=False)
 
 
 @contextlib.contextmanager

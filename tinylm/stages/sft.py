@@ -1,6 +1,7 @@
 """Instruction tuning: the same step, on conversations, with the loss on what the assistant says."""
 
 import functools
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,7 @@ def sft(
             with clock.doing("evaluate"):
                 scored = heldout(model, state.params, data)._asdict() if finite else None
                 answers["after"] = answers_nll(model, state.params, held)
+                finite = finite and math.isfinite(answers["after"])
         return run.finish(folder, config, "sft", "ok" if finite else "diverged",
                           parent={"id": config.parent, "step": "final"}, data_id=config.data_id,
                           tokenizer_id=data.tokenizer_id, eval_id=eval_id(data, model.T),
@@ -138,8 +140,10 @@ def _pack(documents: list[Document], tokenizer: Tokenizer, T: int, rows: int) ->
 
 def load_params(folder: Path, model: ModelConfig) -> Params:
     """Load the final parameters of a finished run of this shape."""
-    if run.record(folder) is None:
+    if (record := run.record(folder)) is None:
         raise BadInput(f"{folder} is no finished run; train it first")
+    if record["status"] != "ok":
+        raise BadInput(f"{folder} ended as {record['status']}; train another at a lower rate")
     if not (places := checkpoint.steps(Path(folder) / "checkpoints")):
         raise files.Damaged(f"{folder} {run.LOST}")
     like = jax.eval_shape(functools.partial(init, model), jax.random.key(0))

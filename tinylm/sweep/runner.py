@@ -158,6 +158,10 @@ def _supervise(folder, data_folder, workers, progress, watch):
                            [json.dumps({"workers": workers, "wall_seconds": wall})])
     if stopping:
         raise run.Stopped("the sweep was stopped; the same command goes on")
+    if deaths.get("", 0) > 1:
+        log = folder / f"worker-{index}.log"
+        said = log.read_text("utf-8", "replace").strip().splitlines() or ["nothing"]
+        raise BadInput(f"workers end before they begin a run; {log} ends with: {said[-1]}")
 
 
 def _start(folder, data_folder, index, news):
@@ -165,7 +169,8 @@ def _start(folder, data_folder, index, news):
                str(index)]
     log = files.open_log(folder / f"worker-{index}.log")
     worker = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True,
-                              env={**os.environ, "PYTHONUNBUFFERED": "1"})
+                              env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                              start_new_session=True)  # a signal to our group comes once, from us
     log.close()
 
     def listen() -> None:

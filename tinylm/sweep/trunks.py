@@ -44,7 +44,7 @@ def saved(runs: Sequence[PretrainConfig]) -> float:
 def _family(group: list[PretrainConfig], rule: Callable[[float], float]) -> list[PretrainConfig]:
     longest = group[0]
     middle = math.exp(sum(math.log(c.steps) for c in group) / len(group))
-    warmup = max(1, round(longest.optim.warmup * middle))
+    warmup = longest.optim.warmup_steps or max(1, round(longest.optim.warmup * middle))
     optim = replace(longest.optim, lr=rule(middle * longest.batch), warmup_steps=warmup)
     leave = {c.steps: math.floor(c.steps - max(1.0, optim.decay * c.steps)) for c in group}
     trunk = replace(longest, optim=replace(optim, decay=0.0), steps=max(leave.values()),

@@ -22,7 +22,8 @@ def prepare(folder: Path, corpus: Corpus, V: int,
     folder = Path(folder)
     with files.lease(folder):
         if not (folder / "tokenizer").exists():
-            with files.staged(folder / "tokenizer", asked=V) as draft:
+            with files.staged(folder / "tokenizer", asked=V,
+                              corpus_id=corpus.id) as draft:
                 texts = [d.text for d in corpus.train]
                 try:
                     learnt = tokenizer.train(texts, V)
@@ -31,14 +32,17 @@ def prepare(folder: Path, corpus: Corpus, V: int,
                         raise
                     learnt = tokenizer.train(texts, refusal.largest)
                 learnt.save(draft)
-        learnt = open_tokenizer(folder)
+        learnt, made = open_tokenizer(folder), files.verified(folder / "tokenizer")
+        if (made.get("corpus_id"), made["asked"]) != (corpus.id, V):
+            raise BadInput(f"{folder} holds the tokenizer of corpus {made.get('corpus_id')} at "
+                           f"V={made['asked']}, this is corpus {corpus.id} at V={V}; choose a new "
+                           "folder")
         if not (folder / "tokens").exists():
             shards.write(folder / "tokens", corpus, learnt, progress)
         data = shards.open_dataset(folder / "tokens")
-        asked = files.verified(folder / "tokenizer")["asked"]
-    if data.facts["corpus_id"] != corpus.id or asked != V or data.tokenizer_id != learnt.id:
-        raise BadInput(f"{folder} holds corpus {data.facts['corpus_id']} at V={asked}, this is "
-                       f"corpus {corpus.id} at V={V}; choose a new folder")
+    if (data.facts["corpus_id"], data.tokenizer_id) != (corpus.id, learnt.id):
+        raise BadInput(f"{folder} holds tokens of another corpus or tokenizer than its own; delete "
+                       "its tokens/ and run again")
     return data, learnt
 
 

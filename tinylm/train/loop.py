@@ -134,8 +134,10 @@ class Clock:
     def doing(self, what: str) -> Iterator[None]:
         """Count the time inside, but for what was compiled meanwhile, as spent on one of those."""
         began = time.perf_counter()
-        yield
-        self.spent[what] += time.perf_counter() - began - self._compiled(began)
+        try:
+            yield
+        finally:
+            self.spent[what] += time.perf_counter() - began - self._compiled(began)
 
     def __enter__(self) -> "Clock":
         return self

@@ -6,6 +6,7 @@ what is reproducible; timing.jsonl and environment.json hold clocks and host fac
 
 import functools
 import hashlib
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -82,8 +83,13 @@ def record(folder: Path) -> dict[str, Any] | None:
 
 
 def finish(folder: Path, config: Any, kind: str, status: str, **facts: Any) -> dict[str, Any]:
-    """Write the record of a run that ended (ok or diverged) and return it."""
+    """Write the record of a run that ended (ok or diverged) and return it.
+
+    One whose held-out loss is not finite diverged, whatever its training loss was.
+    """
     folder = Path(folder)
+    if (loss := facts["loss"]) and not math.isfinite(loss["nats_per_token"]):
+        status, facts["loss"] = "diverged", None
     opened = files.read_json(folder / "config.json")
     logs = {name: files.sha256(folder / name)
             for name in ("config.json", "plan.json", "metrics.jsonl") if (folder / name).exists()}

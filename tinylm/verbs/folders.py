@@ -50,7 +50,7 @@ def text_of(folder: Path) -> Path:
     """Give the prepared folder of the runs in a folder; `TEXT` where none of them names it."""
     for place in sorted(folder.rglob("environment.json")):
         if link := files.read_json(place).get("text", ""):
-            return Path(os.path.relpath(place.parent.absolute() / link))
+            return Path(os.path.relpath(place.parent.resolve() / link))
     return Path("TEXT")
 
 

@@ -45,7 +45,7 @@ def forecast(runs: Positional[Path], flops: float, out: Path, D: int = 0, batch:
         raise BadInput(f"flops={flops:g} is not above the sweep's largest budget, {top:.4g}; "
                        "forecast a larger run")
     batch = batch or records[0]["config"]["batch"]
-    widths = [D] if D else range(base.H * 2, 64 * base.H * 2, base.H * 2)
+    widths = [D] if D else _widths(base)
     best = cells.nearest(cells.ladder(base, widths), cells.best_params(law.fit(records), flops))
     target = cell(flops, best.shape, batch)
     gate = law.tuning_gate(law.tuning_verdict(folders.records(tuning)) if tuning else [])
@@ -92,8 +92,7 @@ def plan(flops: float, device: str = "H200", dollars_per_hour: float = 0.0,
     known = {d.name: d for d in accounting.DEVICES}
     if device not in known:
         raise BadInput(f"device={device} is not known; choose one of {', '.join(known)}")
-    widths = np.unique(np.round(np.geomspace(2 * model.H, 1e5, 300) / 2 / model.H)) * 2 * model.H
-    shapes = [m.shape for m in cells.ladder(model, widths.astype(int).tolist())]
+    shapes = [m.shape for m in cells.ladder(model, _widths(model))]
     made = planning.propose(flops, shapes, known[device], per_budget, spread, batch,
                             noise=noise, dollars_per_hour=dollars_per_hour,
                             utilisation=utilisation)
@@ -102,6 +101,12 @@ def plan(flops: float, device: str = "H200", dollars_per_hour: float = 0.0,
             "expected": {**made.expected._asdict(), "form_risk": made.expected.form_risk},
             "sweep": made.sweep._asdict(), "run": made.run._asdict()}
     progress.answer(told, json, progress.planned(made, device))
+
+
+def _widths(model: ModelConfig) -> list[int]:
+    """Give about 300 widths of whole heads up to 1e5, evenly in logs."""
+    heads = np.unique(np.round(np.geomspace(2 * model.H, 1e5, 300) / 2 / model.H))
+    return (heads * 2 * model.H).astype(int).tolist()
 
 
 def lone(swept: list[PretrainConfig], model: ModelConfig, steps: int,
