@@ -49,6 +49,8 @@ def test_rates_best_at_an_edge_are_said_before_the_forecast():
     lost = law.tuning_verdict([{**tried(1e-3, 0), "loss": None}, {**tried(2e-3, 0), "loss": None},
                                tried(4e-3, 4.0)])
     assert lost[0]["at_edge"]
+    both = law.tuning_verdict([tried(1e-3, 3.85), tried(2e-3, 3.9), tried(4e-3, 3.8)])
+    assert not both[0]["at_edge"]  # no rate is worse than both its neighbours: seeds decided
     assert "no learning rates were compared" in law.tuning_gate([])
     made = forecast.Forecast(2, "n", 1e9, 1.0, 1.0, 3.0, 2.9, 3.1, {}, {}, "", {}, "held 7 of 9",
                              warning, 3.0, (), "e")

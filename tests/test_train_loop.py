@@ -1,12 +1,14 @@
-"""The clock of a run: what was compiled counts once, and as nothing else."""
+"""A run's clock, which counts what was compiled once, and its checkpoints on a full disk."""
 
 from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 
 from tinylm import files
-from tinylm.train import loop
+from tinylm.train import checkpoint, loop
+from tinylm.train.step import State
 
 EVENT = "/jax/core/compile/backend_compile_duration"
 
@@ -35,3 +37,24 @@ def test_compiling_counts_once_however_deep_it_lies(tmp_path, pause):
     assert row == {"compile_seconds": 15.0, "start_seconds": 0.0, "input_seconds": 0.0,
                    "save_seconds": 0.0, "evaluate_seconds": 5.0, "compute_seconds": 10.0,
                    "wall_seconds": 30.0}
+
+
+@pytest.mark.parametrize("met", ["before", "while"])
+def test_a_checkpoint_too_large_for_its_disk_is_an_os_error_and_the_one_before_stays(
+        tmp_path, monkeypatch, capfd, met):
+    first, second = (State({"w": np.full(30_000, step, np.float32)}, {}, {}, np.int32(step))
+                     for step in (1, 2))
+    checkpoint.save(tmp_path, first)
+
+    def full(*args):  # what TensorStore says where the disk fills meanwhile
+        raise ValueError("RESOURCE_EXHAUSTED: No space left on device [os_error_code='28']")
+
+    if met == "before":
+        monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda place: SimpleNamespace(free=9))
+    else:
+        monkeypatch.setattr(checkpoint.ocp.StandardCheckpointer, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.save(tmp_path, second)
+    assert capfd.readouterr().err == "" and len(list(tmp_path.iterdir())) == 1
+    kept, _ = checkpoint.newest(tmp_path, first, None)
+    assert (kept.params["w"] == 1).all()

@@ -60,7 +60,8 @@ def fit(records: list[Record]) -> dict[str, Any]:
 def tuning_verdict(records: list[Record]) -> list[dict[str, Any]]:
     """Say for each size which of its rates did best, and whether that lies at an edge.
 
-    An edge counts where it beats every rate inside by more than SEEDS.
+    An edge counts where it beats every rate inside by more than SEEDS and one of these beats the
+    other edge: where both edges are better than the inside, seeds decided.
     """
     sizes: dict[tuple, list[Record]] = {}
     for r in records:
@@ -74,8 +75,8 @@ def tuning_verdict(records: list[Record]) -> list[dict[str, Any]]:
                     "rates": [r["config"]["optim"]["lr"] for r in rows],
                     "losses": [x if np.isfinite(x) else None for x in loss],
                     "best": rows[best]["config"]["optim"]["lr"],
-                    "at_edge": best in (0, len(rows) - 1)
-                    and min(inside) - loss[best] > SEEDS})
+                    "at_edge": best in (0, len(rows) - 1) and min(inside) - loss[best] > SEEDS
+                    and min(inside) <= loss[-1 - best]})
     return out
 
 

@@ -1,6 +1,8 @@
 """Checkpoints: Orbax inside (it checksums no array data), our sealed manifest outside."""
 
 import errno
+import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,13 +24,16 @@ def save(folder: Path, state: State, **facts: Any) -> Path:
     rest = {"opt": state.opt, "hyper": state.hyper, "step": state.step}
     try:
         with files.staged(place, step=step, **facts) as draft, ocp.StandardCheckpointer() as writer:
+            if sum(a.nbytes for a in jax.tree.leaves(state)) > shutil.disk_usage(draft).free:
+                # said before Orbax begins: its threads would print tracebacks
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(place))
             writer.save(draft / "params", state.params)
             writer.save(draft / "rest", rest)
             writer.wait_until_finished()
-    except ValueError as fault:  # how TensorStore reports a full disk
-        if "RESOURCE_EXHAUSTED" not in str(fault):
+    except ValueError as fault:  # how TensorStore reports a full disk and the like
+        if not (code := re.search(r"os_error_code='(\d+)'", str(fault))):
             raise
-        raise OSError(errno.ENOSPC, "no space left for a checkpoint", str(place)) from None
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(place)) from None
     return place
 
 
