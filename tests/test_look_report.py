@@ -1,13 +1,12 @@
 """The report: what it says of a study with known numbers, and what it says of missing ones."""
 
+import concurrent.futures
 import html.parser
-import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 from types import SimpleNamespace
 
 import jax
@@ -245,11 +244,13 @@ def test_a_bound_is_shown_and_no_minimum_is_spoken_of_where_none_was_used(study)
     assert "through the best runs of the last two budgets" in page
 
 
-def test_a_signal_while_a_notebook_runs_ends_its_kernel_and_is_told_as_one():
+def test_a_signal_while_a_notebook_runs_ends_its_kernel_and_is_told_as_one(monkeypatch):
+    def interrupted(future):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(concurrent.futures.Future, "result", interrupted)
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as kernel:
         client = SimpleNamespace(execute=lambda env: kernel.wait(), _cleanup_kernel=print)
-        timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
-        timer.start()
         with pytest.raises(KeyboardInterrupt):
             notebook._run(client, SimpleNamespace(provisioner=kernel), {})
         assert kernel.poll() == -signal.SIGKILL

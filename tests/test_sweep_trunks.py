@@ -123,6 +123,8 @@ def test_horizons_within_a_factor_four_share_a_trunk_and_its_rate():
     assert trunks[1120].optim.lr == pytest.approx(1e-2)  # at the geometric mean, 800 steps
     lone = [c for c in made if c.kind == "pretrain"]
     assert lone == [replace(one, seed=1)]
+    with pytest.raises(BadInput, match="decay=1 leaves no stable phase"):
+        shared([replace(c, optim=replace(c.optim, decay=1.0)) for c in runs], RateRule())
     fixed = [replace(c, optim=replace(c.optim, warmup_steps=50)) for c in runs]
     assert {c.optim.warmup_steps for c in shared(fixed, RateRule())} == {50}
     spent = 1120 + 480 + 120 + 279 + 120 + 30 + 1600

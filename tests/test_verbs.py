@@ -135,6 +135,13 @@ def test_a_mistake_is_named_whatever_the_terminal_can_draw():
         assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: ")
 
 
+def test_a_run_goes_on_with_the_devices_that_it_was_begun_with(trained):
+    _, command, record = trained
+    done = tinylm(*command, "--devices", record["plan"]["devices"] + 1)
+    assert done.returncode == 2 and "go on without --devices" in done.stderr
+    assert tinylm(*command, "--devices", record["plan"]["devices"]).returncode == 0
+
+
 def test_another_config_in_the_folder_of_a_run_is_refused_with_the_difference(trained):
     _, command, _ = trained
     done = tinylm(*command[:-1], 5)

@@ -16,8 +16,10 @@ def measured(path: Path, data: Dataset, T: int, order: int) -> dict[str, Any]:
 
     Their context may cross the models' windows, which favours the tables a little.
     """
-    if Path(path).exists() and (kept := files.read_json(path))["eval_id"] == eval_id(data, T):
-        return kept
+    if Path(path).exists():
+        kept = files.read_json(path)
+        if (kept["eval_id"], len(kept["tables"])) == (eval_id(data, T), order):
+            return kept
     count = scored(data, T)
     tables = {}
     for n, model in baselines.fit_orders(data.train, range(1, order + 1), data.V).items():

@@ -13,6 +13,7 @@ from tinylm.stages.pretrain import MOST_EPOCHS, PretrainConfig
 from tinylm.stages.sft import SftConfig
 from tinylm.sweep.presets import RateRule, Study
 from tinylm.text.shards import Dataset
+from tinylm.train.batch import windows
 from tinylm.train.optim import OptimConfig
 
 PLAUSIBLE = (0.35, 0.7)
@@ -42,7 +43,8 @@ def check_tokens(study: Study, models: Sequence[ModelConfig], data: Dataset) -> 
     """Refuse a corpus too small for the study's hungriest run, before anything is trained."""
     largest = grid(models, study.budgets, study.per_budget, study.spread, study.batch)
     target = cell(study.target, nearest(models, centre(study.target)).shape, study.batch)
-    need, held = max(c.tokens for c in [*largest, target]), len(data.train)
+    T = study.base.T
+    need, held = max(c.tokens for c in [*largest, target]), windows(data.train, T) * T
     if need > MOST_EPOCHS * held:
         read = [r["name"] for r in data.facts["read"] if not r["name"].startswith("(")]
         names = ", ".join(read[:3]) + (f" and {len(read) - 3} more" if read[3:] else "")
@@ -90,7 +92,7 @@ def best_target(models: Sequence[ModelConfig], fitted: dict[str, Any], study: St
                 data: Dataset) -> ModelConfig:
     """Choose the held-out model: the law's best size among those that the corpus can feed."""
     fed = [m for m in models if cell(study.target, m.shape, study.batch).tokens
-           <= MOST_EPOCHS * (len(data.train) - m.T)]
+           <= MOST_EPOCHS * windows(data.train, m.T) * m.T]
     return nearest(fed or models, best_params(fitted, study.target))
 
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from tinylm.config import identity
+from tinylm.config import BadInput, identity
 from tinylm.stages.pretrain import Parent, PretrainConfig
 
 REACH = 4.0
@@ -22,6 +22,10 @@ def shared(runs: Sequence[PretrainConfig],
 
     `rule` gives the rate by tokens. A run that shares with no other stays as it is.
     """
+    if any(c.optim.decay >= 1 for c in runs):
+        raise BadInput("decay=1 leaves no stable phase to share; choose a decay below 1 or leave "
+                       "trunks out")
+
     def alike(c: PretrainConfig) -> str:
         return identity(replace(c.unbranched, optim=replace(c.unbranched.optim, lr=1.0)))
 

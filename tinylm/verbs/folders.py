@@ -31,6 +31,9 @@ def prepared(folder: Path, corpus: tuple[str, ...], field: str, V: int,
 
 def plan_of(out: Path, rows: int, shape: Shape, devices: int = 0) -> machine.Plan:
     if (bound := run.planned(out)) is not None:
+        if devices not in (0, bound.devices):
+            raise BadInput(f"{out} was begun on {bound.devices} devices, not {devices}; go on "
+                           "without --devices or choose a new folder")
         return bound
     return machine.plan_for(rows, shape.T, shape.D, *machine.survey(), devices)
 
