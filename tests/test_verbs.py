@@ -11,7 +11,7 @@ import pytest
 from command import ROOT, tinylm
 from test_stages_pretrain import story
 
-from tinylm import verbs
+from tinylm import __main__, verbs
 
 
 def process(*args: object, **env: str) -> subprocess.CompletedProcess:
@@ -140,6 +140,22 @@ def test_a_run_goes_on_with_the_devices_that_it_was_begun_with(trained):
     done = tinylm(*command, "--devices", record["plan"]["devices"] + 1)
     assert done.returncode == 2 and "go on without --devices" in done.stderr
     assert tinylm(*command, "--devices", record["plan"]["devices"]).returncode == 0
+
+
+def test_no_text_ends_a_program_for_its_encoding():
+    code = ("from tinylm.__main__ import guarded\n"
+            "guarded(lambda: print('\u65e5', ascii(input('\u00e9'))))")
+    done = subprocess.run([sys.executable, "-c", code], input=b"a\xff\n", capture_output=True,
+                          cwd=ROOT, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.stdout.split() == [rb"\xe9\u65e5", rb"'a\ufffd'"] and not done.stderr
+
+
+def test_a_platform_that_jax_does_not_know_is_named(capsys):
+    def start():
+        raise RuntimeError("Unable to initialize backend 'bogus': not in the list of known ones")
+
+    assert __main__.guarded(start) == 2
+    assert capsys.readouterr().err.startswith("error: JAX does not start here: Unable to init")
 
 
 def test_another_config_in_the_folder_of_a_run_is_refused_with_the_difference(trained):
