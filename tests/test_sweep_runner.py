@@ -95,6 +95,7 @@ def cut(folder, configs, data, how, population=0):  # noqa: F811
     assert code in ((-9,) if how == signal.SIGKILL else (75, 0))
 
 
+@pytest.mark.slow
 def test_a_population_killed_in_its_middle_ends_with_the_bits_of_runs_alone(
         tmp_path, whole, configs, data):  # noqa: F811
     cut(tmp_path, configs, data, signal.SIGKILL, population=4)
