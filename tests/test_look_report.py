@@ -248,9 +248,12 @@ def test_a_signal_while_a_notebook_runs_ends_its_kernel_and_is_told_as_one(monke
     def interrupted(future):
         raise KeyboardInterrupt
 
+    async def waited(env):
+        kernel.wait()
+
     monkeypatch.setattr(concurrent.futures.Future, "result", interrupted)
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as kernel:
-        client = SimpleNamespace(execute=lambda env: kernel.wait(), _cleanup_kernel=print)
+        client = SimpleNamespace(async_execute=waited, _cleanup_kernel=print)
         with pytest.raises(KeyboardInterrupt):
             notebook._run(client, SimpleNamespace(provisioner=kernel), {})
         assert kernel.poll() == -signal.SIGKILL

@@ -1,5 +1,6 @@
 """Execute a notebook's py:percent source against a study; its outputs are kept."""
 
+import asyncio
 import atexit
 import concurrent.futures
 import contextlib
@@ -62,7 +63,7 @@ def execute(source: Path, folder: Path, place: Path | None = None) -> Path | Non
 def _run(client: Any, kernel: Any, env: dict[str, str]) -> None:
     """Execute in a thread, where the client cannot put its signal handlers in place of ours."""
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
-        done = thread.submit(client.execute, env=env)
+        done = thread.submit(asyncio.run, client.async_execute(env=env))
         try:
             done.result()
         except KeyboardInterrupt:
