@@ -19,17 +19,20 @@ machine.command()
 import tyro  # noqa: E402
 
 from tinylm.__main__ import arguments, guarded  # noqa: E402  (JAX must start pinned)
-from tinylm.config import BadInput  # noqa: E402
+from tinylm.config import BadInput, identity  # noqa: E402
 from tinylm.evaluate import baselines, samples  # noqa: E402
 from tinylm.laws import forecast  # noqa: E402
 from tinylm.laws.plan import cell  # noqa: E402
 from tinylm.look import notebook, progress, report  # noqa: E402
-from tinylm.stages import sft as stage  # noqa: E402
-from tinylm.stages.pretrain import pretrain  # noqa: E402
+from tinylm.model.decoder import ModelConfig  # noqa: E402
+from tinylm.stages import sft  # noqa: E402
+from tinylm.stages.pretrain import PretrainConfig, pretrain  # noqa: E402
 from tinylm.sweep import cells, law, runner  # noqa: E402
-from tinylm.sweep.presets import PRESETS  # noqa: E402
-from tinylm.sweep.trunks import shared  # noqa: E402
+from tinylm.sweep.presets import PRESETS, Study  # noqa: E402
+from tinylm.sweep.times import stage  # noqa: E402
 from tinylm.text import corpora, prepare  # noqa: E402
+from tinylm.text.shards import Dataset  # noqa: E402
+from tinylm.text.tokenizer import Tokenizer  # noqa: E402
 
 
 @dataclass
@@ -51,81 +54,108 @@ class Args:
 def main(args: Args) -> int:
     """Do every stage that is not done yet, in order."""
     study, out = PRESETS[args.preset], args.out
-    say = progress.say
     corpus = corpora.load(args.corpus, args.field)
-    say(progress.corpus(corpus))
-    with progress.bar("tokens") as event:
+    progress.say(progress.corpus(corpus))
+    with progress.bar("tokens") as event, stage(out, "text"):
         data, tokenizer = prepare.prepare(out / "text", corpus, study.base.V, event, lower=True)
-    base = replace(study.base, V=data.V)
-
-    models = cells.ladder(base, study.widths)
+    models = cells.ladder(replace(study.base, V=data.V), study.widths)
     cells.check_tokens(study, models, data)
-    plan_cells = cells.grid(models, study.budgets, study.per_budget, study.spread, study.batch)
-    grid = [cells.config(c, models, study.optim, study.rule, study.batch, data.id)
-            for c in plan_cells]
-    grid = shared(grid, study.rule) if study.trunks else grid
-    tuning = cells.tuning(study, models, data.id)
-    position = [cells.position(study, base, data.id)]
+    lists = cells.lists(study, models, data.id)
     if args.dry_run:
-        runs = {"tuning": tuning, "position": position, "sweep": grid}
-        runs |= cells.expected(study, models, data.id)
-        say(progress.listing(progress.expected(runs, data, study.rate)))
+        lists |= cells.expected(study, models, data.id)
+        progress.say(progress.listing(progress.expected(lists, data, study.rate)))
         return 0
 
-    tables = baselines.measured(out / "baselines.json", data, base.T, study.order)
-    say(progress.baselines(tables))
-    verdict = []
-    if tuning:
-        verdict = law.tuning_verdict(run(out / "tuning", tuning, data))
-        files.write_json(out / "tuning.json", {"sizes": verdict})
-        say(progress.tuning(verdict))
-    run(out / "position", position, data)
-    records = run(out / "sweep", grid, data)
+    with stage(out, "baselines"):
+        tables = baselines.measured(out / "baselines.json", data, study.base.T, study.order)
+        progress.say(progress.baselines(tables))
+        run(out / "position", lists["position"], data)
+    with stage(out, "rate check"):
+        verdict = checked_rates(out, lists["tuning"], data)
+    with stage(out, "sweep"):
+        records = run(out / "sweep", lists["sweep"], data)
+    with stage(out, "forecast"):
+        config = forecasted(out, study, models, data, records, verdict)
+    with stage(out, "held-out run"):
+        score = held_out(out, config, data)
+    with stage(out, "chat"):
+        chat(out, study, config, corpus, tokenizer, data)
+    with stage(out, "report"):
+        progress.say(f"report: {report.write(out)}")
+        close(out, score)
+    return 0
 
+
+def checked_rates(out: Path, runs: list[PretrainConfig], data: Dataset) -> list[dict]:
+    """Train the rate check, where the study has one, and give its verdict on every size."""
+    if not runs:
+        return []
+    verdict = law.tuning_verdict(run(out / "tuning", runs, data))
+    files.write_json(out / "tuning.json", {"sizes": verdict})
+    progress.say(progress.tuning(verdict))
+    return verdict
+
+
+def forecasted(out: Path, study: Study, models: list[ModelConfig], data: Dataset,
+               records: list[dict], verdict: list[dict]) -> PretrainConfig:
+    """Fit the laws, write the forecast down once, and give the held-out run that names it."""
     fitted = law.fit(records)
     files.write_json(out / "law.json", fitted)
-    say(progress.law(fitted))
-    runs, ids, eval_id = law.runs_of(records)
+    progress.say(progress.law(fitted))
     place = out / "forecast.json"
     best = (cells.nearest(models, forecast.read(place).target_params) if place.exists()
             else cells.best_target(models, fitted, study, data))
     target = cell(study.target, best.shape, study.batch)
     if not place.exists():
+        runs, ids, eval_id = law.runs_of(records)
         forecast.write(place, forecast.make(
             runs, ids, target.flops, target.params, target.tokens, eval_id, study.name,
             rough=True, warning=law.tuning_gate(verdict)))
     sha = files.sha256(place)
-    say(progress.forecast(forecast.read(place), sha))
+    progress.say(progress.forecast(forecast.read(place), sha))
+    return replace(cells.config(target, models, study.optim, study.rule, study.batch, data.id),
+                   forecast_sha256=sha)
 
-    config = replace(cells.config(target, models, study.optim, study.rule, study.batch, data.id),
-                     forecast_sha256=sha)
-    backend, (T, D) = machine.survey(), (config.model.T, config.model.D)
-    plan = machine.plan_for(config.rows, T, D, *backend)
+
+def held_out(out: Path, config: PretrainConfig, data: Dataset) -> forecast.Score:
+    """Train the held-out run and score its forecast."""
     with progress.bar("held-out run", config.steps) as event:
-        record = pretrain(out / "target", config, data, plan, event)
-    score = forecast.check(place, record)
+        record = pretrain(out / "target", config, data, plan_of(config.rows, config.model), event)
+    score = forecast.check(out / "forecast.json", record)
     files.write_json(out / "score.json", score._asdict())
-    say(progress.score(score))
+    progress.say(progress.score(score))
+    return score
 
-    packed = stage.pack_splits(corpus, tokenizer, base.T, study.sft_steps)
-    tuned = stage.SftConfig(config.model, study.sft, record["id"],
-                            stage.conversations_id(*packed), study.sft_steps)
-    plan = machine.plan_for(tuned.rows, T, D, *backend)
+
+def chat(out: Path, study: Study, config: PretrainConfig, corpus: corpora.Corpus,
+         tokenizer: Tokenizer, data: Dataset) -> None:
+    """Tune the held-out model on conversations and sample from both."""
+    packed = sft.pack_splits(corpus, tokenizer, config.model.T, study.sft_steps)
+    tuned = sft.SftConfig(config.model, study.sft, identity(config),
+                          sft.conversations_id(*packed), study.sft_steps)
     with progress.bar("instruction tuning", study.sft_steps) as event:
-        stage.sft(out / "chat", tuned, out / "target", *packed, data, plan, event)
-    pair = [stage.load_params(out / name, config.model) for name in ("target", "chat")]
+        sft.sft(out / "chat", tuned, out / "target", *packed, data,
+                plan_of(tuned.rows, tuned.model), event)
+    pair = [sft.load_params(out / name, config.model) for name in ("target", "chat")]
     samples.write(out / "samples.json", config.model, *pair, tokenizer)
-    say(f"report: {report.write(out)}")
+
+
+def close(out: Path, score: forecast.Score) -> None:
+    """Append to the ledger and execute the notebook; where that fails, the study is done still."""
     try:
         forecast.append_to_ledger(out.resolve().parent / "forecasts.csv", score)
     except (OSError, BadInput) as fault:
-        say(f"the score is in {out / 'score.json'} and in no ledger: {fault}")
+        progress.say(f"the score is in {out / 'score.json'} and in no ledger: {fault}")
     if book := notebook.execute(Path(__file__).parents[1] / "notebooks/study.py", out):
-        say(f"notebook: {book}")
-    return 0
+        progress.say(f"notebook: {book}")
 
 
-def run(folder: Path, configs: list, data) -> list:
+def plan_of(rows: int, model: ModelConfig) -> machine.Plan:
+    """Plan a run that has the machine to itself."""
+    return machine.plan_for(rows, model.T, model.D, *machine.survey())
+
+
+def run(folder: Path, configs: list[PretrainConfig], data: Dataset) -> list[dict]:
     """Run a list of configs with a live table."""
     with progress.live(folder.name) as watch:
         records = runner.sweep(folder, configs, data.folder, watch)

@@ -51,7 +51,7 @@ def test_a_rate_is_work_over_the_time_it_took():
     assert bench._gflops(slow, (1.0,), 1e9, seconds=0.1) == pytest.approx(50, rel=0.2)
 
 
-@pytest.mark.parametrize("models", [1, 2])
+@pytest.mark.parametrize("models", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_training_is_timed_on_one_model_or_on_one_a_process(models):
     if models > len(machine.cores()):
         pytest.skip(f"{models} models want as many cores")
@@ -103,6 +103,7 @@ def test_a_sweeps_shares_are_told_as_run_and_as_at_full_length(monkeypatch, tmp_
     assert "40.0%" in progress.swept(found)
 
 
+@pytest.mark.slow
 def test_members_together_are_held_against_one_at_a_time():
     found = bench.population((2,), (16,), rounds=1, seconds=0.01, tokens=64)
     rates = found["tokens_per_second"]

@@ -7,6 +7,7 @@ import sys
 from unittest import mock
 
 import numpy as np
+import pytest
 from command import ROOT, experiment
 from test_stages_pretrain import story
 
@@ -30,6 +31,7 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_ratios_are_ours_over_theirs_on_the_same_batches(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "experiments"))
     with mock.patch.object(machine, "pin"):

@@ -13,6 +13,7 @@ from command import ROOT, experiment
 from test_stages_pretrain import story
 
 from tinylm import files
+from tinylm.sweep.times import stages
 
 
 def started(*args: object) -> subprocess.Popen:
@@ -55,6 +56,16 @@ def test_the_smoke_study_goes_from_a_text_file_to_a_report(finished):
     page = (folder / "smoke/report.html").read_text()
     assert f"{score['error_percent']:.2f}" in page
     assert "http://" not in page and "https://" not in page
+
+
+def test_every_stage_says_what_it_took(finished):
+    folder, *_ = finished
+    took = stages(folder / "smoke")
+    assert list(took) == ["text", "baselines", "rate check", "sweep", "forecast", "held-out run",
+                          "chat", "report"]
+    assert took["sweep"][0] > 1 and took["sweep"][1] > 1
+    page = (folder / "smoke/report.html").read_text()
+    assert "processor minutes" in page and "held-out run" in page
 
 
 def test_what_was_done_when_a_study_was_killed_stays_done(finished):

@@ -222,6 +222,14 @@ def test_warnings_come_first_and_name_what_is_wrong(study):
     assert "1 of 1 sizes, 1 by more than a seed" in page and "refused minima: 1 (hollow)" in page
 
 
+def test_an_edge_that_the_forecast_warns_of_is_said_once(study):
+    edge = {"width": 8, "rates": [1e-3, 2e-3], "losses": [4.2, 4.1], "best": 2e-3, "at_edge": True}
+    files.write_json(study / "tuning.json", {"sizes": [edge]})
+    change(study / "forecast.json", warning=law.tuning_gate([edge]))
+    said = report.warnings(Study(study))
+    assert said.count("edge") == 1 and "at width 8" in said
+
+
 def test_the_report_says_where_the_time_went(study):
     row = '{"first_step": 0, "last_step": 9, "compile_seconds": 2.0, ' \
           '"start_seconds": 1.0, "input_seconds": 0.5, "compute_seconds": 4.5, ' \

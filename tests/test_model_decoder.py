@@ -24,6 +24,28 @@ def drawn(config: ModelConfig, seed: int = 0):
     return jax.tree.map(noise, init(config, jax.random.key(seed)))
 
 
+def test_initial_parameters_have_their_deviations_and_share_no_numbers():
+    config = ModelConfig(V=300, D=64, L=2, H=4, G=2, T=24, tied=False)
+    wanted = {"weight": 0.02, "q_proj": 1 / 8, "k_proj": 1 / 8, "v_proj": 1 / 8, "gate_proj": 1 / 8,
+              "up_proj": 1 / 8}
+    drawn = []
+    for path, a in jax.tree_util.tree_leaves_with_path(init(config, jax.random.key(0))):
+        name = path[-1].key
+        if name in ("o_proj", "down_proj"):
+            assert not a.any()
+        elif "norm" in jax.tree_util.keystr(path):
+            assert (a == 1).all()
+        else:
+            drawn.append(np.ravel(a) / wanted[name])
+            off = 4 / np.sqrt(a.size)
+            assert abs(drawn[-1].mean()) < off and abs(drawn[-1].std() - 1) < off
+    assert len(drawn) == 7
+    every = np.concatenate(drawn)
+    assert len(np.unique(every)) > 0.98 * len(every)
+    other = init(config, jax.random.key(1))["embed_tokens"]["weight"]
+    assert np.mean(other == drawn[0].reshape(300, 64) * 0.02) < 0.01
+
+
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def forward(config, params, x, plan=machine.PLAIN, segments=None):
     """The model, compiled."""

@@ -51,7 +51,7 @@ def test_a_row_ends_at_its_first_control_id_or_where_its_own_context_is_full(par
         for prompt, row in zip(prompts, out, strict=True):
             assert (row[:-1] >= CONTROL).all()
             assert row[-1] < CONTROL or len(row) == SMALL.T - len(prompt)
-            full += row[-1] >= CONTROL and len(prompt) == 17
+            full += row[-1] >= CONTROL
             if temperature == 0:
                 alone = np.concatenate(list(stream(SMALL, params, prompt, 100, temperature=0.0)))
                 np.testing.assert_array_equal(alone, row)

@@ -106,7 +106,8 @@ def test_a_population_killed_in_its_middle_ends_with_the_bits_of_runs_alone(
         assert bits(tmp_path / "runs" / cells.name(c), c) == bits(whole[0] / cells.name(c), c)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("how", [
+    signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_sweep_killed_in_its_middle_ends_with_the_same_bits(
         tmp_path, whole, configs, data, how):  # noqa: F811
     for _ in range(2 if how == signal.SIGKILL else 1):

@@ -1,6 +1,7 @@
 """Populations: members train as they would alone, end by themselves, and survive together."""
 
 import functools
+import os
 from dataclasses import replace
 
 import jax
@@ -19,6 +20,9 @@ from tinylm.train.run import Stopped
 
 SMALL = ModelConfig(V=64, D=16, L=1, H=1, T=16)
 PLAN = machine.Plan(devices=2, micro=1, chunk=4, checkpoint_every=8, population=4)
+OLD = "use_fusion_emitters=false" in os.environ["XLA_FLAGS"]
+"""XLA's old emitters (see conftest.py) add up a member's sums otherwise than the same run's alone;
+under its own, which the second leg of .ci/run has, and users, a member has the run's bits"""
 
 
 @functools.cache
@@ -56,7 +60,8 @@ def same(a, b, **tolerance):
             np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.parametrize(("way", "tolerance"), [("map", {}), ("vmap", {"atol": 1e-3})])
+@pytest.mark.parametrize(("way", "tolerance"), [
+    ("map", {"atol": 1e-4} if OLD else {}), ("vmap", {"atol": 1e-3})])
 def test_members_train_as_they_would_alone_each_to_its_own_horizon(way, tolerance):
     makers = [functools.partial(begun, 0), functools.partial(begun, 1, steps=3, lr=2e-3),
               functools.partial(begun, 2, steps=6, scale=0.5)]
@@ -143,6 +148,10 @@ def test_every_member_has_the_folder_it_would_have_alone(
     for (name, one), record in zip(members.items(), records, strict=True):
         alone = pretrain(tmp_path / name, one, data, replace(PLAN, population=1))
         assert record == run.record(folder / name) and record["plan"]["population"] == 4
+        if OLD:
+            near = pytest.approx(alone["loss"]["nats_per_token"], abs=1e-4)
+            assert record["loss"]["nats_per_token"] == near
+            continue
         assert {**record, "plan": 0, "files": 0} == {**alone, "plan": 0, "files": 0}
         assert bits(folder / name, one) == bits(tmp_path / name, one)
     assert not list(folder.glob("population-*/checkpoints/*"))

@@ -142,10 +142,16 @@ def distance(p, q):
     return jnp.sum(jnp.abs(p - q), -1) / 2
 
 
-def finals(build, closed_form=lambda seed: bandit(seed)[2]):
-    """Give the total variation from the closed form for three seeds, in one program."""
-    one = jax.jit(jax.vmap(lambda seed: distance(learn(build(seed), seed), closed_form(seed))))
-    return np.asarray(one(jnp.arange(3)))
+def finals(build):
+    """Give the final policies of three seeds, in one program (optimised: it runs for long)."""
+    one = jax.jit(jax.vmap(lambda seed: learn(build(seed), seed)),
+                  compiler_options={"xla_backend_optimization_level": 2})
+    return one(jnp.arange(3))
+
+
+def apart(policies, closed_form=lambda seed: bandit(seed)[2]):
+    """Give each seed's total variation from the closed form."""
+    return np.asarray(distance(policies, jax.vmap(closed_form)(jnp.arange(3))))
 
 
 def acts(params, old, key, count):
@@ -213,7 +219,7 @@ def by_dpo(seed):
     ("grpo, k2, 64 a group", functools.partial(by_grpo, kl="k2", inside=False, baseline="mean",
                                                R=64))])
 def test_the_policy_reaches_the_reference_tilted_by_its_reward(name, build):
-    assert (finals(build) < 0.02).all(), finals(build)
+    assert (found := apart(finals(build))).max() < 0.02, found
 
 
 def test_a_mean_over_few_responses_weighs_the_kl_of_the_loss_more():
@@ -224,8 +230,9 @@ def test_a_mean_over_few_responses_weighs_the_kl_of_the_loss_more():
         return jax.nn.softmax(ref + r / (B_KL * 4 / 3))
 
     build = functools.partial(by_grpo, kl="k2", inside=False, baseline="mean", R=4)
-    assert (finals(build, tilted) < 0.02).all()
-    assert (finals(build) > 0.02).all()
+    reached = finals(build)
+    assert (apart(reached, tilted) < 0.02).all()
+    assert (apart(reached) > 0.02).all()
 
 
 def test_k3_as_a_loss_goes_where_the_algebra_says_and_not_to_the_optimum():
@@ -243,6 +250,7 @@ def test_k3_as_a_loss_goes_where_the_algebra_says_and_not_to_the_optimum():
         return B_KL * jnp.exp(ref) / (lam - r)
 
     build = functools.partial(by_grpo, kl="k3", inside=False, baseline="others")
-    assert (finals(build, other) < 0.02).all(), finals(build, other)
-    missed = np.asarray([distance(other(s), bandit(s)[2]) for s in range(3)])
-    assert (finals(build) > missed - 0.02).all() and (missed > 0.04).all(), missed
+    reached = finals(build)
+    assert (apart(reached, other) < 0.02).all(), apart(reached, other)
+    missed = apart(jax.vmap(other)(jnp.arange(3)))
+    assert (apart(reached) > missed - 0.02).all() and (missed > 0.04).all(), missed

@@ -14,7 +14,7 @@ from tinylm.look.page import p, scientific, shown, table
 from tinylm.look.questions import ANSWERS
 from tinylm.look.study import Study
 from tinylm.sweep import law
-from tinylm.sweep.times import spent
+from tinylm.sweep.times import spent, stages
 from tinylm.text import prepare, shards
 from tinylm.train import run
 
@@ -36,9 +36,11 @@ def write(folder: Path) -> Path:
 def warnings(study: Study) -> str:
     """List what a reader must know before trusting the numbers."""
     runs = [r for kind in KINDS for r in study.records(kind)]
-    found = [f"at width {v['width']} the best rate, {v['best']:.2e}, is the edge of the range "
-             "checked, so the rate rule may be off" for v in study.tuning()
-             if v["at_edge"]]
+    said = study.optional("forecast.json", {"warning": ""})["warning"]
+    found = [said] if said else []
+    found += [f"at width {v['width']} the best rate, {v['best']:.2e}, is the edge of the range "
+              "checked, so the rate rule may be off" for v in study.tuning()
+              if v["at_edge"] and "edge" not in said]
     found += [f"no minimum at {scientific(m['flops'])} FLOPs: {m['reason']}"
               for m in study.optional("law.json", {"minima": []})["minima"] if not m["bracketed"]]
     found += [f"run {r['id']} ended as {r['status']}" for r in runs if r["status"] != "ok"]
@@ -51,8 +53,6 @@ def warnings(study: Study) -> str:
     most = max((r["epochs"] for r in runs if r["kind"] != "sft"), default=0.0)
     if most > 1:
         found.append(f"a run saw its training text {most:.2f} times")
-    if said := study.optional("forecast.json", {"warning": ""})["warning"]:
-        found.append(said)
     return "".join(p(f"Warning: {text}.", "warn") for text in found) or p(
         f"No warnings in {len(runs)} records.")
 
@@ -211,15 +211,20 @@ def every_run(study: Study) -> str:
 
 
 def times(study: Study) -> str:
-    """Say what the processes of each list of runs spent their wall time on."""
+    """Say how long each stage took, and on what the processes that trained spent their time."""
     rows = []
     for name in ("tuning", "position", "sweep", "target", "chat"):
         seconds = spent(study.folder / name)
         if seconds["wall"]:
             rows.append((name, f"{seconds['wall']:.0f}",
                          *(f"{seconds[k] / seconds['wall']:.1%}" for k in SPENT)))
-    return table(("runs", "seconds", *SPENT), rows, "seconds of all processes together; wait is "
-                 "workers starting or idle, start is initialising and restoring")
+    minutes = [(name, *(f"{seconds / 60:.1f}" for seconds in both))
+               for name, both in stages(study.folder).items()]
+    by_stage = table(("stage", "minutes", "processor minutes"), minutes,
+                     "of all calls of this study but those that were killed") if minutes else ""
+    return by_stage + table(("runs", "seconds", *SPENT), rows, "seconds of all processes "
+                            "together; wait is workers starting or idle, start is initialising "
+                            "and restoring")
 
 
 def measured(study: Study) -> str:

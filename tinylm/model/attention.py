@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from tinylm.model.embedding import RMSNorm, Rotation, param, rotate
+from tinylm.model.embedding import Draw, RMSNorm, Rotation, param, rotate
 from tinylm.model.product import product
 
 BLOCK, BLOCKS = 64, 4
@@ -29,11 +29,11 @@ class Attention(nnx.Module):
     """Project, normalise, rotate, attend, project back. `stack` adds leading layer axes."""
 
     def __init__(self, D: int, H: int, G: int, K: int, stack: tuple[int, ...], dtype: jnp.dtype,
-                 rngs: nnx.Rngs):
+                 draw: Draw):
         self.dtype = dtype
-        self.q_proj = param(rngs, (*stack, D, H, K), D**-0.5)
-        self.k_proj = param(rngs, (*stack, D, G, K), D**-0.5)
-        self.v_proj = param(rngs, (*stack, D, G, K), D**-0.5)
+        self.q_proj = param(draw, (*stack, D, H, K), D**-0.5)
+        self.k_proj = param(draw, (*stack, D, G, K), D**-0.5)
+        self.v_proj = param(draw, (*stack, D, G, K), D**-0.5)
         self.o_proj = nnx.Param(jnp.zeros((*stack, H, K, D), jnp.float32))
         self.q_norm = RMSNorm((*stack, K))
         self.k_norm = RMSNorm((*stack, K))

@@ -6,17 +6,17 @@ from flax import nnx
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 from tinylm.model.attention import Attention, KeyValue
-from tinylm.model.embedding import RMSNorm, Rotation, param
+from tinylm.model.embedding import Draw, RMSNorm, Rotation, param
 from tinylm.model.product import product
 
 
 class MLP(nnx.Module):
     """down(silu(gate x) * up x), the gated unit of 2002.05202."""
 
-    def __init__(self, D: int, F: int, stack: tuple[int, ...], dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, D: int, F: int, stack: tuple[int, ...], dtype: jnp.dtype, draw: Draw):
         self.dtype = dtype
-        self.gate_proj = param(rngs, (*stack, D, F), D**-0.5)
-        self.up_proj = param(rngs, (*stack, D, F), D**-0.5)
+        self.gate_proj = param(draw, (*stack, D, F), D**-0.5)
+        self.up_proj = param(draw, (*stack, D, F), D**-0.5)
         self.down_proj = nnx.Param(jnp.zeros((*stack, F, D), jnp.float32))
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -30,11 +30,11 @@ class Block(nnx.Module):
     """Attention and MLP with their norms; parameters of all layers are stacked by `stack`."""
 
     def __init__(self, D: int, H: int, G: int, K: int, F: int, stack: tuple[int, ...],
-                 dtype: jnp.dtype, rngs: nnx.Rngs):
+                 dtype: jnp.dtype, draw: Draw):
         self.input_layernorm = RMSNorm((*stack, D))
-        self.self_attn = Attention(D, H, G, K, stack, dtype, rngs)
+        self.self_attn = Attention(D, H, G, K, stack, dtype, draw)
         self.post_attention_layernorm = RMSNorm((*stack, D))
-        self.mlp = MLP(D, F, stack, dtype, rngs)
+        self.mlp = MLP(D, F, stack, dtype, draw)
 
     def __call__(
         self,

@@ -6,6 +6,7 @@ layers stacked on a leading axis.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,7 +22,7 @@ from tinylm.laws.accounting import Shape
 from tinylm.machine import PLAIN, Plan
 from tinylm.model.attention import KeyValue
 from tinylm.model.block import Block
-from tinylm.model.embedding import Embedding, RMSNorm, rotation
+from tinylm.model.embedding import Cut, Draw, Embedding, RMSNorm, rotation
 from tinylm.model.position_weights import PositionWeights
 
 Params = dict[str, Any]
@@ -104,14 +105,14 @@ class ModelConfig:
 class Decoder(nnx.Module):
     """Embedding, L blocks, a norm and a head."""
 
-    def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, c: ModelConfig, draw: Draw):
         self.config = c
-        self.embed_tokens = Embedding(c.V, c.D, c.dtype, rngs)
+        self.embed_tokens = Embedding(c.V, c.D, c.dtype, draw)
         self.layers = Block(c.D, c.H, c.groups, c.head_width, c.mlp_width, (c.L,),
-                            c.dtype, rngs)
+                            c.dtype, draw)
         self.norm = RMSNorm((c.D,))
         if not c.tied:
-            self.lm_head = Embedding(c.V, c.D, c.dtype, rngs)
+            self.lm_head = Embedding(c.V, c.D, c.dtype, draw)
 
     def __call__(
         self,
@@ -187,13 +188,13 @@ class Decoder(nnx.Module):
         return rotation(positions, c.T, c.head_width, c.rope_theta), self.embed_tokens(tokens)
 
 
-def build(c: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:
+def build(c: ModelConfig, draw: Draw) -> nnx.Module:
     """Make the module that the config names."""
     match c.kind:
         case "transformer":
-            return Decoder(c, rngs)
+            return Decoder(c, draw)
         case "position_weights":
-            return PositionWeights(c.V, c.D, c.L, rngs)
+            return PositionWeights(c.V, c.D, c.L, draw)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -202,16 +203,17 @@ def init(c: ModelConfig, key: Array, scale: ArrayLike = 1.0) -> Params:
 
     `scale` multiplies what is drawn, that is the standard deviations; norms' gains stay 1.
     """
-    drawn = nnx.to_pure_dict(nnx.state(build(c, nnx.Rngs(params=key)), nnx.Param))
+    count = sum(math.prod(a.shape) for a in jax.tree.leaves(_blueprint(c)[1]))
+    drawn = nnx.to_pure_dict(nnx.state(build(c, Cut(key, count)), nnx.Param))
     return jax.tree_util.tree_map_with_path(
         lambda path, a: a if "norm" in jax.tree_util.keystr(path) else scale * a, drawn)
 
 
 def rebuild(c: ModelConfig, params: Params) -> Any:
     """Make the module whose parameters are `params`; it is a pytree, free to build."""
-    return nnx.merge(_blueprint(c), nnx.State(params))
+    return nnx.merge(_blueprint(c)[0], nnx.State(params))
 
 
 @functools.cache
-def _blueprint(c: ModelConfig) -> nnx.GraphDef:
-    return nnx.split(nnx.eval_shape(lambda: build(c, nnx.Rngs(0))))[0]
+def _blueprint(c: ModelConfig) -> tuple[nnx.GraphDef, Any]:
+    return nnx.split(nnx.eval_shape(lambda: build(c, jnp.zeros)))

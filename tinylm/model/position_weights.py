@@ -10,15 +10,15 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from tinylm.machine import PLAIN, Plan
-from tinylm.model.embedding import param
+from tinylm.model.embedding import Draw, param
 
 
 class PositionWeights(nnx.Module):
     """One table a distance, dense or factored with a shared head."""
 
-    def __init__(self, V: int, D: int, L: int, rngs: nnx.Rngs):
-        self.embed_tokens = param(rngs, (L, V, min(D, V)), 0.02)
-        self.lm_head = param(rngs, (D, V), D**-0.5) if D < V else None
+    def __init__(self, V: int, D: int, L: int, draw: Draw):
+        self.embed_tokens = param(draw, (L, V, min(D, V)), 0.02)
+        self.lm_head = param(draw, (D, V), D**-0.5) if D < V else None
 
     def __call__(
         self, tokens: Int[Array, "B T"], segments: None = None, plan: Plan = PLAIN

@@ -12,6 +12,7 @@ from tinylm.model.decoder import ModelConfig
 from tinylm.stages.pretrain import MOST_EPOCHS, PretrainConfig
 from tinylm.stages.sft import SftConfig
 from tinylm.sweep.presets import RateRule, Study
+from tinylm.sweep.trunks import shared
 from tinylm.text.shards import Dataset
 from tinylm.train.batch import windows
 from tinylm.train.optim import OptimConfig
@@ -54,16 +55,14 @@ def check_tokens(study: Study, models: Sequence[ModelConfig], data: Dataset) -> 
                        "smaller preset")
 
 
-def tuning(study: Study, models: Sequence[ModelConfig], data_id: str) -> list[PretrainConfig]:
-    """Give the tuning check: half, one and two times the rate at each budget's expected size."""
-    out = []
-    for budget in study.tuning:
-        middle = nearest(models, centre(budget))
-        one = config(cell(budget, middle.shape, study.batch), models, study.optim, study.rule,
-                     study.batch, data_id)
-        out += [replace(one, optim=replace(one.optim, lr=one.optim.lr * factor))
-                for factor in (0.5, 1.0, 2.0)]
-    return out
+def lists(study: Study, models: Sequence[ModelConfig],
+          data_id: str) -> dict[str, list[PretrainConfig]]:
+    """Give what is trained before the forecast: rate check, position weights and sweep."""
+    sweep = [config(c, models, study.optim, study.rule, study.batch, data_id)
+             for c in grid(models, study.budgets, study.per_budget, study.spread, study.batch)]
+    return {"tuning": _tuning(study, models, data_id),
+            "position": [_position(study, models[0], data_id)],
+            "sweep": shared(sweep, study.rule) if study.trunks else sweep}
 
 
 def expected(study: Study, models: Sequence[ModelConfig],
@@ -76,7 +75,19 @@ def expected(study: Study, models: Sequence[ModelConfig],
     return {"held-out": [target], "chat": [tuned]}
 
 
-def position(study: Study, base: ModelConfig, data_id: str) -> PretrainConfig:
+def _tuning(study: Study, models: Sequence[ModelConfig], data_id: str) -> list[PretrainConfig]:
+    """Give the rate check: half, one and two times the rate at each budget's expected size."""
+    out = []
+    for budget in study.tuning:
+        middle = nearest(models, centre(budget))
+        one = config(cell(budget, middle.shape, study.batch), models, study.optim, study.rule,
+                     study.batch, data_id)
+        out += [replace(one, optim=replace(one.optim, lr=one.optim.lr * factor))
+                for factor in (0.5, 1.0, 2.0)]
+    return out
+
+
+def _position(study: Study, base: ModelConfig, data_id: str) -> PretrainConfig:
     """Give the run of the position-weights baseline: the last 8 tokens, rank 64."""
     model = replace(base, kind="position_weights", L=8, D=64)
     steps = cell(study.position_flops, model.shape, study.batch).steps

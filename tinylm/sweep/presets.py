@@ -73,7 +73,7 @@ class Study:
 
 
 SMOKE = Study(
-    name="smoke", budgets=(2e9, 4e9, 8e9), target=4e10, widths=(8, 12, 16, 24, 32, 48),
+    name="smoke", budgets=(2e9, 4e9, 8e9), target=4e10, widths=(8, 12, 16, 24),
     base=ModelConfig(V=384, T=64), per_budget=4, spread=6.0, batch=256, position_flops=4e9,
     sft_steps=40, order=4)
 

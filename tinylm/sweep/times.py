@@ -1,5 +1,10 @@
 """Where the time of the processes that worked on runs went: compiling, waiting, computing."""
 
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from tinylm import files
@@ -23,3 +28,27 @@ def spent(folder: Path) -> dict[str, float]:
                 for row in files.read_lines(folder / "workers.jsonl"))
     wait = max(0.0, whole - inside)
     return {"wall": inside + wait, "wait": wait, **out}
+
+
+@contextlib.contextmanager
+def stage(folder: Path, name: str) -> Iterator[None]:
+    """Add a row to stages.jsonl: the wall and processor seconds spent inside, workers too.
+
+    A process that is killed inside leaves no row.
+    """
+    began, used = time.perf_counter(), sum(os.times()[:4])
+    try:
+        yield
+    finally:
+        row = {"stage": name, "wall_seconds": round(time.perf_counter() - began, 3),
+               "processor_seconds": round(sum(os.times()[:4]) - used, 3)}
+        files.append_lines(Path(folder) / "stages.jsonl", [json.dumps(row)])
+
+
+def stages(folder: Path) -> dict[str, tuple[float, float]]:
+    """Add up a study's seconds (wall, processor) by stage over all calls of it, in order."""
+    out: dict[str, tuple[float, float]] = {}
+    for row in files.read_lines(Path(folder) / "stages.jsonl"):
+        wall, processor = out.get(row["stage"], (0.0, 0.0))
+        out[row["stage"]] = (wall + row["wall_seconds"], processor + row["processor_seconds"])
+    return out
