@@ -26,6 +26,7 @@ from tinylm.__main__ import arguments, guarded  # noqa: E402  (JAX must start pi
 from tinylm.look import progress  # noqa: E402
 from tinylm.stages.pretrain import PretrainConfig  # noqa: E402
 from tinylm.sweep import runner  # noqa: E402
+from tinylm.sweep.law import best_rate  # noqa: E402
 from tinylm.sweep.presets import LAPTOP  # noqa: E402
 from tinylm.text import corpora, prepare  # noqa: E402
 from tinylm.train.optim import OptimConfig  # noqa: E402
@@ -91,24 +92,15 @@ def minimum(rows: list[tuple]) -> dict:
     """Fit a parabola in log2(rate) near the best rate; bootstrap over the runs of each rate."""
     rates = sorted({row[1] for row in rows})
     losses = [[row[3] for row in rows if row[1] == rate] for rate in rates]
-    best = _bottom(rates, [np.mean(each) for each in losses])
+    best = best_rate(rates, [np.mean(each) for each in losses])
     rng = np.random.default_rng(0)
-    drawn = [_bottom(rates, [np.mean(rng.choice(each, len(each))) for each in losses])
+    drawn = [best_rate(rates, [np.mean(rng.choice(each, len(each))) for each in losses])
              for _ in range(400)]
     low, high = np.quantile(drawn, (0.05, 0.95))
     return {"best": best, "low": float(low), "high": float(high),
             "at_edge": not rates[0] < best < rates[-1],
             "mean_losses": dict(zip(map(str, rates), map(float, map(np.mean, losses)),
                                     strict=True))}
-
-
-def _bottom(rates: list[float], losses: list[float]) -> float:
-    x, y = np.log2(rates), np.array(losses)
-    first = min(max(int(y.argmin()) - 2, 0), len(x) - 5)
-    near = slice(first, first + 5)
-    c2, c1, _ = np.polyfit(x[near] - x.mean(), y[near], 2)
-    at = -c1 / (2 * c2) if c2 > 0 else (x[y.argmin()] - x.mean())
-    return float(2 ** np.clip(at + x.mean(), x[0], x[-1]))
 
 
 if __name__ == "__main__":

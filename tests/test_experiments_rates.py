@@ -9,7 +9,8 @@ from test_stages_pretrain import story
 from tinylm import files
 
 TOYS = {
-    "rate_rule": ("--rates", "0.002", "0.004", "--cells", "8", "2e8", "--V", "128", "--csv"),
+    "rate_rule": ("--rates", "0.002", "0.004", "--cells", "8", "2e8", "8", "4e8", "--V", "128",
+                  "--results"),
     "vocab_size": ("--cells", "100", "8", "128", "8", "--flops", "2e8", "--csv"),
     "lr_by_width": ("--widths", "8", "16", "--seeds", "1", "--steps", "20", "--V", "128",
                     "--results"),
@@ -17,7 +18,7 @@ TOYS = {
     "trunks": ("--widths", "8", "--flops", "2e8", "3e8", "--V", "128", "--csv"),
     "bf16_loss": ("--shapes", "--widths", "8", "--seeds", "2", "--steps", "20", "--results"),
 }
-ROWS = {"rate_rule": 2, "vocab_size": 2, "lr_by_width": 10, "optimisers": 11, "trunks": 4,
+ROWS = {"rate_rule": 4, "vocab_size": 2, "lr_by_width": 10, "optimisers": 11, "trunks": 4,
         "bf16_loss": 4}
 
 
@@ -33,6 +34,10 @@ def test_the_experiment_runs_at_toy_size_and_writes_its_table(tmp_path, name):
     assert len({row["id"] for row in rows}) == len(rows) == ROWS[name]
     if name == "lr_by_width":
         assert files.read_json(tmp_path / "lr_by_width.json")["factor_smallest_to_largest"] >= 1
+    if name == "rate_rule":
+        found = files.read_json(tmp_path / "rate_rule.json")
+        assert [c["at_edge"] for c in found["cells"]] == [True] * 2  # of two rates one is best
+        assert all(c["cost_nats"] >= 0 for c in found["cells"]) and len(found["fitted"]["lr0"]) == 3
     if name == "optimisers":
         found = files.read_json(tmp_path / "optimisers.json")["8"]
         assert {row["kind"] for row in rows} == {"adamw", "muon"} and found["seconds_ratio"] > 0

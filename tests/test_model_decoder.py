@@ -10,6 +10,7 @@ import pytest
 
 from tinylm import machine
 from tinylm.config import BadInput
+from tinylm.laws.accounting import flops_per_token
 from tinylm.model import attention
 from tinylm.model.attention import KeyValue
 from tinylm.model.decoder import ModelConfig, init, rebuild
@@ -145,6 +146,7 @@ def test_position_weights_sum_one_row_a_distance_dense_or_factored(D):
     want = rows if D == 12 else rows @ np.asarray(params["lm_head"])
     assert ("lm_head" in params) == (D < 12)
     np.testing.assert_allclose(forward(config, params, x)[0, 3], want, atol=1e-5)
+    assert flops_per_token(config.shape) == 6 * config.V * (config.L if D >= config.V else D)
 
 
 @pytest.mark.parametrize("packed", [False, True])

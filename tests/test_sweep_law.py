@@ -56,3 +56,15 @@ def test_rates_best_at_an_edge_are_said_before_the_forecast():
                              warning, 3.0, (), "e")
     said = progress.forecast(made, "0" * 64).splitlines()
     assert said[0] == f"WARNING: {warning}" and said[-1] == "held 7 of 9"
+
+
+def test_the_best_rate_is_the_basins_bottom_and_stays_within_the_rates_given():
+    rates = [4e-3, 1e-3, 8e-3, 2e-3, 1.6e-2, 3.2e-2]
+
+    def basin(at):
+        return [4 + 0.05 * np.log2(r / at) ** 2 + (1.0 if r > 3e-2 else 0.0) for r in rates]
+
+    assert law.best_rate(rates, basin(5e-3)) == pytest.approx(5e-3)  # the spike is not among five
+    assert law.best_rate(rates, basin(1e-5)) == 1e-3
+    assert law.best_rate(rates, [-x for x in basin(5e-3)]) in rates  # bent down: the best given
+    assert law.best_rate([2e-3, 1e-3], [4.0, 4.1]) == 2e-3

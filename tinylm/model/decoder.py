@@ -96,9 +96,14 @@ class ModelConfig:
 
     @property
     def shape(self) -> Shape:
-        """The shape that accounting counts; position_weights has no layers, only its head."""
-        layers = self.L if self.kind == "transformer" else 0
-        return Shape(V=self.V, D=self.D, L=layers, H=self.H, G=self.groups, K=self.head_width,
+        """The shape that accounting counts.
+
+        position_weights has no layers, only its head, and a dense one L rows of V that it adds up.
+        """
+        neural = self.kind == "transformer"
+        dense = not neural and self.D >= self.V
+        layers, D = self.L if neural else 0, self.L if dense else self.D
+        return Shape(V=self.V, D=D, L=layers, H=self.H, G=self.groups, K=self.head_width,
                      F=self.mlp_width, T=self.T, tied=self.tied)
 
 

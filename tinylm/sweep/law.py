@@ -1,6 +1,7 @@
 """From records to laws: the table a fit needs, everything fitted, and the tuning check."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -78,6 +79,21 @@ def tuning_verdict(records: list[Record]) -> list[dict[str, Any]]:
                     "at_edge": best in (0, len(rows) - 1) and min(inside) - loss[best] > SEEDS
                     and min(inside) <= loss[-1 - best]})
     return out
+
+
+def best_rate(rates: Sequence[float], losses: Sequence[float]) -> float:
+    """Give the bottom of a parabola in log2(rate) through the five rates about the best.
+
+    It is kept within the rates given; of less than three, or bent down, the best given counts.
+    """
+    order = np.argsort(rates)
+    x, y = np.log2(np.array(rates, float)[order]), np.array(losses, float)[order]
+    first = max(0, min(int(y.argmin()) - 2, len(x) - 5))
+    near, middle, at = slice(first, first + 5), x.mean(), x[y.argmin()]
+    if len(x) > 2:
+        c2, c1, _ = np.polyfit(x[near] - middle, y[near], 2)
+        at = middle - c1 / (2 * c2) if c2 > 0 else at
+    return float(2 ** np.clip(at, x[0], x[-1]))
 
 
 def tuning_gate(verdict: list[dict[str, Any]]) -> str:
