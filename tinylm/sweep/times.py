@@ -1,4 +1,4 @@
-"""Where the time went: a study's by stage; a run's or a sweep's to compiling, waiting, computing."""
+"""Where the time went: a study's by stage, a run's or sweep's to compiling, waiting, computing."""
 
 import contextlib
 import json
