@@ -6,6 +6,7 @@ import re
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import jax
@@ -18,6 +19,8 @@ from test_model_decoder import drawn, forward
 
 from tinylm import files
 from tinylm.config import BadInput
+from tinylm.laws import intervals
+from tinylm.laws.runs import Runs
 from tinylm.look import notebook, plots
 from tinylm.look.study import Study
 from tinylm.model.capture import capture
@@ -138,6 +141,36 @@ def test_the_notebook_draws_every_figure_of_a_study(study, monkeypatch, capsys):
     runpy.run_path(str(SOURCE))
     said = capsys.readouterr().out
     assert said.count("Image object") == 3 and "not drawn: tuning.json is missing" in said
+
+
+def test_the_notebook_of_published_laws_skips_in_words_what_is_not_there(
+        tmp_path, monkeypatch, capsys):
+    pytest.importorskip("IPython")
+    monkeypatch.delenv("TINYLM_PUBLISHED", raising=False)
+    script = ROOT / "notebooks/published_laws.py"
+    monkeypatch.setattr(sys, "argv", [str(script), "--out", str(tmp_path / "drawn")])
+    runpy.run_path(str(script))
+    said = capsys.readouterr().out
+    for name in ("chinchilla_epoch.csv", "llama3_isoflop.csv", "marin_isoflop.csv"):
+        assert f"skipped: {name} is not in a folder named by --published" in said
+    assert [p.name for p in (tmp_path / "drawn").iterdir()] == ["coverage.png"]
+
+
+def test_figures_of_anybodys_runs_show_their_numbers():
+    runs = Runs(np.array([1e6, 2e6]), np.array([2e7, 8e7]), np.array([1.2e14, 9.6e14]),
+                np.array([3.0, 2.5]))
+    left = plots.residuals(runs, SimpleNamespace(residuals=np.log([1.02, 0.99])), "left")
+    dots = labelled(left, "2 runs")
+    np.testing.assert_allclose(dots.get_offsets(), [(1.2e14, 2.0), (9.6e14, -1.0)])
+    np.testing.assert_allclose(dots.get_array(), np.log10([20, 40]))
+    found = [SimpleNamespace(flops=f, loss=x) for f, x in ((1e14, 3.0), (1e15, 2.5), (1e16, 2.0))]
+    made = [SimpleNamespace(target_flops=f, predicted=p, low=p - 0.1, high=p + 0.1, naive=p)
+            for f, p in ((1e15, 2.55), (1e16, 2.2))]
+    title = plots.ahead(found, made).axes[0].get_title("left")
+    assert title == "1 of 2 later minima lie inside; mean error 6.00%"
+    shown = plots.coverage(intervals.shipped()).axes[0]
+    widths = [bar.get_width() for bar in shown.patches[:8]]
+    assert widths == [s["coverage"] for s in intervals.shipped()["studies"].values()]
 
 
 def test_a_notebook_runs_on_this_interpreter_whatever_is_installed(tmp_path, monkeypatch):

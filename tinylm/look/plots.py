@@ -1,10 +1,11 @@
-"""Figures of a study, drawn from its records with matplotlib's objects: no global state."""
+"""Figures of a study or of anybody's runs, drawn with matplotlib's objects: no global state."""
 
 import html
 import io
 import math
 import re
 import warnings
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -13,6 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from tinylm.laws import forecast, isoflop
+from tinylm.laws.fit import Fit
+from tinylm.laws.runs import Runs
 from tinylm.look.page import scientific
 from tinylm.look.study import Study
 from tinylm.sweep import law
@@ -58,12 +61,27 @@ def loss_axis(study: Study) -> Figure:
 
 
 def isoflops(study: Study) -> Figure:
-    """Draw loss over parameters, a colour a budget, with each parabola and its minimum."""
-    figure, ax = _axes("parameters (blocks and head)", "held-out loss (nats per token)")
-    runs = law.runs_of(study.records("sweep"))[0]
-    found, labels = study.part("law.json")["minima"], isoflop.group(runs.flops)
-    for label, m in enumerate(found):
-        colour = matplotlib.colormaps["viridis"](0.88 * label / max(len(found) - 1, 1))
+    """Draw the sweep's isoFLOP curves."""
+    laws = study.part("law.json")
+    found, e = laws["minima"], laws["exponents"]
+    refused = sum(not m["bracketed"] for m in found)
+    return isoflop_curves(
+        law.runs_of(study.records("sweep"))[0], found,
+        ("No exponent: too few budgets show a minimum" if "refused" in e else
+         f"Best size grows as FLOPs^{e['a']:.2f} (standard error {e['a_se']:.2f})")
+        + (f"; refused minima: {refused} (hollow)" if refused else ""))
+
+
+def isoflop_curves(runs: Runs, found: list[dict[str, Any]], title: str,
+                   budgets: np.ndarray | None = None) -> Figure:
+    """Draw loss over parameters, a colour a budget, with each parabola and its minimum.
+
+    `found` holds the fields of isoflop.Minimum for each of the `budgets`, least first.
+    """
+    figure, ax = _axes("parameters", "loss (nats per token)")
+    labels = isoflop.group(runs.flops) if budgets is None else budgets
+    for n, (label, m) in enumerate(zip(np.unique(labels), found, strict=True)):
+        colour = matplotlib.colormaps["viridis"](0.88 * n / max(len(found) - 1, 1))
         here = runs.keep(labels == label)
         name = f"{scientific(m['flops'], 1)} FLOPs"
         ax.scatter(here.params, here.loss, s=20, color=colour, label=name)
@@ -72,11 +90,54 @@ def isoflops(study: Study) -> Figure:
             ax.plot(np.exp(u), c[0] + c[1] * u + c[2] * u**2, color=colour, lw=1)
         ax.scatter(m["params"], m["loss"], marker="*", s=150, edgecolor=colour, zorder=4,
                    facecolor=colour if m["bracketed"] else "none")
-    refused = sum(not m["bracketed"] for m in found)
-    e = study.part("law.json")["exponents"]
-    return _done(ax, ("No exponent: too few budgets show a minimum" if "refused" in e else
-                      f"Best size grows as FLOPs^{e['a']:.2f} (standard error {e['a_se']:.2f})")
-                     + (f"; refused minima: {refused} (hollow)" if refused else ""))
+    return _done(ax, title)
+
+
+def residuals(runs: Runs, fit: Fit, title: str) -> Figure:
+    """Draw a fit's residuals in percent of the loss over compute, coloured by tokens a parameter.
+
+    A law whose form is wrong leaves a bend or a stripe here, whatever its objective.
+    """
+    figure, ax = _axes("training FLOPs", "measured over fitted loss (percent)")
+    ratio = runs.tokens / runs.params
+    dots = ax.scatter(runs.flops, 100 * np.expm1(fit.residuals), s=14, c=np.log10(ratio),
+                      cmap="viridis", label=f"{len(ratio)} runs")
+    ax.axhline(0, color=BLACK, lw=0.8)
+    figure.colorbar(dots, label="log10 (tokens per parameter)")
+    return _done(ax, title)
+
+
+def ahead(found: list[isoflop.Minimum], made: list[forecast.Forecast]) -> Figure:
+    """Draw a study's minima, and the forecasts of the later ones from the budgets before."""
+    figure, ax = _axes("training FLOPs", "least loss (nats per token)")
+    at, loss = np.array([(m.flops, m.loss) for m in found]).T
+    ax.plot(at, loss, "*", ms=11, color=BLACK, label="isoFLOP minima")
+    said = np.array([(f.target_flops, f.predicted, f.low, f.high, f.naive) for f in made]).T
+    ax.errorbar(said[0], said[1], [said[1] - said[2], said[3] - said[1]], fmt="o", color=GREEN,
+                capsize=5, label="forecast from the budgets before, and its interval")
+    ax.plot(said[0], said[4], "x", color=PURPLE, label="naive slope")
+    ax.set_yscale("log")
+    ax.yaxis.set_major_formatter("{x:.2f}")
+    ax.yaxis.set_minor_formatter("{x:.2f}")
+    truth = loss[-len(made):]
+    held = ((said[2] <= truth) & (truth <= said[3])).sum()
+    off = np.mean(np.abs(said[1] / truth - 1))
+    return _done(ax, f"{held} of {len(made)} later minima lie inside; mean error {off:.2%}")
+
+
+def coverage(calibration: dict[str, Any]) -> Figure:
+    """Draw how often calibrated intervals held each study's minima, itself left out."""
+    figure, ax = _axes("share of forecasts inside their 90% interval", "", log=False)
+    studies = calibration["studies"]
+    shares = [s["coverage"] for s in studies.values()]
+    names = [f"{name} ({len(s['factor_error_scale'])})" for name, s in studies.items()]
+    ax.barh(names, shares, color=SKY, label="one study (number of forecasts)")
+    ax.axvline(0.9, color=BLACK, lw=0.8, ls="--", label="what is promised")
+    ax.axvspan(calibration["coverage_low"], calibration["coverage_high"], color=GREEN, alpha=0.2,
+               label="mean over studies, 90% interval")
+    ax.set_title(f"{calibration['coverage']:.0%} held on average over {len(shares)} studies")
+    ax.legend(loc="lower left", fontsize=8)
+    return figure
 
 
 def frontier(study: Study) -> Figure:
