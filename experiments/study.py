@@ -4,7 +4,7 @@ question   How well does a law fitted to small runs forecast a larger one, on th
 command    python experiments/study.py --preset laptop --out studies/laptop
 cost       laptop: 21 to 55 minutes on two cores (both measured on shared machines)
 expected   the held-out loss within 3% of the forecast
-result     +0.57%, +0.85%, +1.10%, -0.40%, -0.42%, +0.32%: experiments/results/forecasts.csv, laptop/
+result     +0.57%, +0.85%, +1.10%, -0.40%, -0.42%, +0.32%: experiments/results/forecasts.csv
 """
 
 import sys
