@@ -4,6 +4,7 @@ A law's coordinates `theta` follow its fields: E, the exponents and a ceiling as
 (A, B) and shapes (k, R_D, R_N) by their logs. `evaluate` gives loss and Jacobian from them.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, fields
 from typing import ClassVar
 
@@ -15,7 +16,7 @@ Term = tuple[str, int, str]  # scale, column, exponent
 
 
 @dataclass(frozen=True)
-class Law:
+class Law(ABC):
     """What all laws share: the loss at counts, and the way from and to coordinates."""
 
     columns: ClassVar[tuple[str, ...]] = ("params", "tokens")  # of Runs
@@ -40,12 +41,12 @@ class Law:
         return [f.name for f in fields(cls)]
 
     @classmethod
+    @abstractmethod
     def evaluate(cls, theta, x) -> tuple[np.ndarray, np.ndarray]:
         """Give loss (..., runs) and d loss / d theta (..., K, runs).
 
         theta (..., K) coordinates; x (columns, runs) natural logs of the columns.
         """
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

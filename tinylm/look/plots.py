@@ -72,14 +72,13 @@ def isoflops(study: Study) -> Figure:
         + (f"; refused minima: {refused} (hollow)" if refused else ""))
 
 
-def isoflop_curves(runs: Runs, found: list[dict[str, Any]], title: str,
-                   budgets: np.ndarray | None = None) -> Figure:
+def isoflop_curves(runs: Runs, found: list[dict[str, Any]], title: str) -> Figure:
     """Draw loss over parameters, a colour a budget, with each parabola and its minimum.
 
-    `found` holds the fields of isoflop.Minimum for each of the `budgets`, least first.
+    `found` holds the fields of isoflop.Minimum for each budget, least first.
     """
     figure, ax = _axes("parameters", "loss (nats per token)")
-    labels = isoflop.group(runs.flops) if budgets is None else budgets
+    labels = isoflop.group(runs.flops)
     for n, (label, m) in enumerate(zip(np.unique(labels), found, strict=True)):
         colour = matplotlib.colormaps["viridis"](0.88 * n / max(len(found) - 1, 1))
         here = runs.keep(labels == label)
