@@ -39,8 +39,8 @@ from tinylm.look import progress  # noqa: E402
 from tinylm.model import attention  # noqa: E402
 from tinylm.model.decoder import ModelConfig  # noqa: E402
 from tinylm.stages.pretrain import PretrainConfig, pretrain, pretrain_population  # noqa: E402
-from tinylm.stages.sft import load_params  # noqa: E402
 from tinylm.text import corpora, prepare  # noqa: E402
+from tinylm.train import checkpoint  # noqa: E402
 from tinylm.train.run import Stopped  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -223,7 +223,7 @@ def resumed(folder: Path, data: Any, size: int) -> Found:
         return [part for name, config in members.items() for part in (
             (place / name / "metrics.jsonl").read_bytes(),
             *(np.asarray(a).tobytes() for a in jax.tree.leaves(
-                load_params(place / name, config.model))))]
+                checkpoint.final_params(place / name, config.model))))]
 
     whole = train(folder / "whole", 0)
     for at in (12, 0):

@@ -33,6 +33,7 @@ from tinylm.sweep.times import stage  # noqa: E402
 from tinylm.text import corpora, prepare  # noqa: E402
 from tinylm.text.shards import Dataset  # noqa: E402
 from tinylm.text.tokenizer import Tokenizer  # noqa: E402
+from tinylm.train import checkpoint  # noqa: E402
 
 
 @dataclass
@@ -136,7 +137,7 @@ def chat(out: Path, study: Study, config: PretrainConfig, corpus: corpora.Corpus
     with progress.bar("instruction tuning", study.sft_steps) as event:
         sft.sft(out / "chat", tuned, out / "target", *packed, data,
                 plan_of(tuned.rows, tuned.model), event)
-    pair = [sft.load_params(out / name, config.model) for name in ("target", "chat")]
+    pair = [checkpoint.final_params(out / name, config.model) for name in ("target", "chat")]
     samples.write(out / "samples.json", config.model, *pair, tokenizer)
 
 

@@ -16,10 +16,12 @@ TOYS = {
                     "--results"),
     "optimisers": ("--widths", "8", "--seeds", "1", "--steps", "20", "--V", "128", "--results"),
     "trunks": ("--widths", "8", "--flops", "2e8", "3e8", "--V", "128", "--csv"),
+    "kaplan_vs_chinchilla": ("--budgets", "5e8", "1e9", "2e9", "--widths", "8", "12", "16", "20",
+                             "--per-budget", "4", "--spread", "8", "--V", "128", "--results"),
     "bf16_loss": ("--shapes", "--widths", "8", "--seeds", "2", "--steps", "20", "--results"),
 }
 ROWS = {"rate_rule": 4, "vocab_size": 2, "lr_by_width": 10, "optimisers": 11, "trunks": 4,
-        "bf16_loss": 4}
+        "kaplan_vs_chinchilla": 48, "bf16_loss": 4}
 
 
 @pytest.mark.parametrize("name", [
@@ -38,6 +40,12 @@ def test_the_experiment_runs_at_toy_size_and_writes_its_table(tmp_path, name):
         found = files.read_json(tmp_path / "rate_rule.json")
         assert [c["at_edge"] for c in found["cells"]] == [True] * 2  # of two rates one is best
         assert all(c["cost_nats"] >= 0 for c in found["cells"]) and len(found["fitted"]["lr0"]) == 3
+    if name == "kaplan_vs_chinchilla":
+        found = files.read_json(tmp_path / "kaplan_vs_chinchilla.json")
+        assert set(found["exponents"]) == {row["way"] for row in rows}
+        warm = {row["way"]: {int(r["warmup_steps"]) for r in rows if r["way"] == row["way"]}
+                for row in rows}
+        assert warm["tuned"] == {0} and len(warm["fixed warmup"]) == 1 < max(warm["fixed warmup"])
     if name == "optimisers":
         found = files.read_json(tmp_path / "optimisers.json")["8"]
         assert {row["kind"] for row in rows} == {"adamw", "muon"} and found["seconds_ratio"] > 0

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import calibrate_intervals, pilot_miss, simulate_intervals
+from experiments import backtests, calibrate_intervals, pilot_miss, simulate_intervals
 from tinylm import files
 from tinylm.config import BadInput, to_json
 from tinylm.laws import blend, forecast, intervals
@@ -52,7 +52,7 @@ def test_a_planted_study_is_forecast_at_five_times_its_compute(one):
     truth = LAW.optimum(TARGET)[2]
     assert one.predicted == pytest.approx(truth, rel=0.01)
     assert one.low < truth < one.high
-    assert set(one.laws) == set(one.weights) == set(calibrate_intervals.LAWS)
+    assert set(one.laws) == set(one.weights) == set(backtests.LAWS)
     assert sum(one.weights.values()) == pytest.approx(1)
     joined = sum(w * math.log(one.laws[name]) for name, w in one.weights.items())
     assert math.log(one.predicted) == pytest.approx(joined)
@@ -224,12 +224,12 @@ def told(value):
 
 
 def test_the_shipped_calibration_is_that_of_the_recorded_rows():
-    rows = calibrate_intervals.read_rows(RESULTS / "calibrate_intervals.csv")
+    rows = backtests.read_rows(RESULTS / "calibrate_intervals.csv")
     assert told(calibrate_intervals.calibration(rows)) == told(intervals.shipped())
     found = calibrate_intervals.summary(rows)
     assert told(found) == told(files.read_json(RESULTS / "calibrate_intervals.json"))
     error = found["mean_abs_error_percent"]
-    assert error["blend"]["all"] < min(error[k]["all"] for k in calibrate_intervals.RULES[:-1])
+    assert error["blend"]["all"] < min(error[k]["all"] for k in backtests.RULES[:-1])
     assert found["at_10"]["blend"]["median_percent"] < 0.8
     scores = found["intervals"]
     for name in ("surface_bootstrap", "surface_bootstrap_residuals", "frontier_t"):
@@ -238,7 +238,7 @@ def test_the_shipped_calibration_is_that_of_the_recorded_rows():
 
 
 def test_a_study_is_left_out_with_its_family():
-    rows = calibrate_intervals.read_rows(RESULTS / "calibrate_intervals.csv")
+    rows = backtests.read_rows(RESULTS / "calibrate_intervals.csv")
     rows = [r for r in rows if r.study in ("marin-comma", "marin-dclm", "chinchilla")]
     alone = [r for r in rows if r.study == "chinchilla"]
     found = calibrate_intervals.left_out(rows)
@@ -247,7 +247,7 @@ def test_a_study_is_left_out_with_its_family():
 
 
 def test_the_backtest_finds_small_errors_on_a_planted_study():
-    rows = calibrate_intervals.backtest("planted", study(0.0, np.geomspace(1e11, 1e13, 5)))
+    rows = backtests.backtest("planted", study(0.0, np.geomspace(1e11, 1e13, 5)))
     assert [round(r.factor, 1) for r in rows] == [3.2, 10.0, 3.2]
     assert max(abs(r.blend) for r in rows) < 0.01
     assert all(abs(r.surface) < 1e-3 for r in rows)  # the planted law

@@ -17,7 +17,7 @@ from test_stages_pretrain import story
 from tinylm import files
 from tinylm.config import to_json
 from tinylm.evaluate.heldout import eval_id
-from tinylm.laws import forecast, isoflop
+from tinylm.laws import forecast, intervals, isoflop
 from tinylm.look import notebook, report
 from tinylm.look.study import Study
 from tinylm.model.decoder import ModelConfig, init
@@ -63,10 +63,18 @@ def fake(folder) -> None:
         files.write_json(folder / f"sweep/{r['id']}/record.json", r)
     runs, ids, _ = law.runs_of(records)
     found, power = isoflop.minima(runs), {"E": 0.0, "A": A, "gamma": GAMMA}
+    certificate = {"starts": 8, "agree_share": 0.87, "moved": 0.1, "gradient_norm": 1e-11,
+                   "condition": 5.0, "at_bound": []}
     files.write_json(folder / "law.json", {
         "eval_id": test, "bits_per_nat": 0.7, "minima": [m._asdict() for m in found],
         "exponents": isoflop.exponents(found)._asdict(), "frontier": power,
-        "frontier_floor": power, "surface": {"refused": "no surface here"}})
+        "conventions": {"blocks 6nd": {"a": 0.61, "a_se": 0.02, "b": 0.39, "b_se": 0.01}},
+        "comparison": {"laws": [
+            {"form": "kaplan", "cuts": 2, "forecasts": 3, "mean_percent": 0.5,
+             "worst_percent": 1.25, "bias_percent": -0.3},
+            {"form": "coupled", "refused": "below 1e9 FLOPs: too few runs"}]},
+        "frontier_floor": {**power, "certificate": certificate},
+        "surface": {"refused": "no surface here"}})
     tables = {str(n): {"nats_per_token": x, "bits_per_byte": 0.7 * x, "stderr": 0.02}
               for n, x in enumerate((5.5, 4.6, 4.2, 3.9), 1)}
     files.write_json(folder / "baselines.json", {"eval_id": test, "tables": tables})
@@ -154,7 +162,7 @@ def test_hostile_sample_text_is_escaped(page):
 
 def test_every_figure_has_a_label_that_states_its_finding(page):
     labels = re.findall(r'<svg role="img" aria-label="([^"]+)"', page)
-    assert len(labels) == 4
+    assert len(labels) == 5
     assert any("beats the 4-gram table" in label for label in labels)
     assert any(f"Best size grows as FLOPs^{GROWTH:.2f}" in label for label in labels)
 
@@ -182,6 +190,15 @@ def test_a_refused_law_is_said_not_raised(study):
     page = report.write(study).read_text()
     assert "no fit of exponents: 2 budgets are too few" in page.lower()
     assert "Forecast and outcome" in page and "How this was measured" in page
+
+
+def test_the_laws_are_compared_and_how_far_to_believe_them_is_shown(page):
+    assert "<td>a law</td><td>100.0%</td><td>3.8000</td><td>" in page
+    assert "<td>kaplan</td><td>0.50%</td><td>1.25%</td><td>-0.30%</td><td>3 from 2</td>" in page
+    assert "<td>coupled</td><td>below 1e9 FLOPs: too few runs</td>" in page
+    assert "<td>blocks 6nd</td><td>0.610</td><td>0.020</td>" in page
+    assert "<td>frontier with floor</td><td>87% of 8</td>" in page
+    assert f"{intervals.shipped()['coverage']:.0%} held on average" in page
 
 
 def test_a_law_with_a_floor_above_a_table_never_crosses_it(study):
@@ -243,9 +260,9 @@ def test_the_report_says_where_the_time_went(study):
 
 
 def test_a_bound_is_shown_and_no_minimum_is_spoken_of_where_none_was_used(study):
-    change(study / "forecast.json", warning="", laws={"best_runs": 3.8})
+    change(study / "forecast.json", warning="", laws={"best_runs": 3.8}, weights={"best_runs": 1.0})
     change(study / "law.json", surface={"E": 1.5, "objective": 1.0, "certificate": {
-        "starts": 8, "agree_share": 1.0, "gradient_norm": 0.0, "condition": 9.0,
+        "starts": 8, "agree_share": 1.0, "moved": 0.1, "gradient_norm": 0.0, "condition": 9.0,
         "at_bound": ["E"]}})
     page = report.write(study).read_text()
     assert "No warnings in 17 records." in page and "E = 1.5, AT ITS LIMIT: E" in page

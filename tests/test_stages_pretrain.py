@@ -13,9 +13,8 @@ from tinylm import files, machine
 from tinylm.config import BadInput
 from tinylm.model.decoder import ModelConfig
 from tinylm.stages.pretrain import PretrainConfig, pretrain
-from tinylm.stages.sft import load_params
 from tinylm.text import corpora, prepare
-from tinylm.train import run
+from tinylm.train import checkpoint, run
 from tinylm.train.run import Stopped
 
 PLAN = machine.Plan(devices=2, micro=1, chunk=4, checkpoint_every=8)
@@ -51,7 +50,7 @@ def config(data):
 def bits(folder: Path, config: PretrainConfig) -> str:
     """Hash the final parameters and the metrics log."""
     total = hashlib.sha256((folder / "metrics.jsonl").read_bytes())
-    for leaf in jax.tree.leaves(load_params(folder, config.model)):
+    for leaf in jax.tree.leaves(checkpoint.final_params(folder, config.model)):
         total.update(np.asarray(leaf).tobytes())
     return total.hexdigest()
 
@@ -141,7 +140,7 @@ def test_a_loss_that_is_finite_in_training_alone_is_divergence_too(tmp_path, dat
     assert all(row["train/nats_per_token"] < 1e30 for row in rows)
     assert record["status"] == "diverged" and record["loss"] is None
     with pytest.raises(BadInput, match="ended as diverged"):
-        load_params(tmp_path / "run", config.model)
+        checkpoint.final_params(tmp_path / "run", config.model)
 
 
 def test_a_tokenizer_of_another_corpus_is_not_taken_over(tmp_path):

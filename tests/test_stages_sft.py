@@ -6,9 +6,10 @@ from test_stages_pretrain import PLAN, config, data  # noqa: F401  (fixtures)
 
 from tinylm.config import BadInput
 from tinylm.stages.pretrain import pretrain
-from tinylm.stages.sft import SftConfig, answers_nll, conversations_id, load_params, sft
+from tinylm.stages.sft import SftConfig, answers_nll, conversations_id, sft
 from tinylm.text import prepare
 from tinylm.text.chat import pack, render
+from tinylm.train import checkpoint
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +34,7 @@ def test_tuning_lowers_the_loss_on_held_out_answers(
     record = sft(tmp_path / "chat", wanted, parent, *packed, data, PLAN)
     answers = record["answers_nats_per_token"]
     assert answers["after"] < 0.5 * answers["before"]
-    tuned = load_params(tmp_path / "chat", config.model)
+    tuned = checkpoint.final_params(tmp_path / "chat", config.model)
     np.testing.assert_allclose(answers_nll(config.model, tuned, packed[1]), answers["after"],
                                rtol=1e-6)
     assert sft(tmp_path / "chat", wanted, parent, *packed, data, PLAN) == record

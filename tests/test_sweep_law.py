@@ -21,6 +21,8 @@ def test_the_recorded_sweep_is_fitted_with_its_bias_and_three_counts():
     assert counted["blocks+head exact"]["a"] == pytest.approx(fitted["exponents"]["a"], abs=1e-9)
     assert counted["blocks exact"]["a"] > counted["blocks 6nd"]["a"] > fitted["exponents"]["a"]
     assert len(fitted["bias"]["percent"]) == len(fitted["minima"])
+    ranked = [row for row in fitted["comparison"]["laws"] if "refused" not in row]
+    assert len(ranked) > 3 and ranked[0]["mean_percent"] <= ranked[-1]["mean_percent"] < 20
     said = progress.law(fitted)
     assert "the parabola misplaces the best size by up to +" in said
     assert (f"exponent by convention: blocks exact {counted['blocks exact']['a']:.3f}, blocks 6nd "

@@ -12,7 +12,6 @@ from test_stages_pretrain import PLAN, bits, config, data  # noqa: F401  (fixtur
 from tinylm import files
 from tinylm.config import BadInput, identity
 from tinylm.stages.pretrain import Parent, PretrainConfig, pretrain
-from tinylm.stages.sft import load_params
 from tinylm.sweep import cells, law, runner
 from tinylm.sweep.presets import RateRule
 from tinylm.sweep.trunks import saved, shared
@@ -23,7 +22,7 @@ SWEEP = Path(__file__).parents[1] / "experiments" / "results" / "laptop" / "swee
 
 
 def weights(folder: Path, config: PretrainConfig) -> str:  # noqa: F811
-    leaves = jax.tree.leaves(load_params(folder, config.model))
+    leaves = jax.tree.leaves(checkpoint.final_params(folder, config.model))
     return files.sha256_of(b"".join(np.asarray(leaf).tobytes() for leaf in leaves))
 
 

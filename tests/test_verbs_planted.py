@@ -26,6 +26,7 @@ from tinylm.stages import sft as tuning
 from tinylm.sweep import cells
 from tinylm.sweep.presets import RateRule
 from tinylm.sweep.trunks import shared
+from tinylm.train import checkpoint
 from tinylm.train.optim import OptimConfig
 from tinylm.verbs import folders, models, plans
 
@@ -120,7 +121,7 @@ def test_a_talk_loads_its_checkpoint_once(monkeypatch):
     loads = []
     monkeypatch.setattr(models, "opened", opened)
     monkeypatch.setattr(folders, "finished", lambda folder: {"kind": "pretrain"})
-    monkeypatch.setattr(tuning, "load_params", lambda *found: loads.append(found))
+    monkeypatch.setattr(checkpoint, "final_params", lambda *found: loads.append(found))
     monkeypatch.setattr(generate, "stream", lambda *_: iter([np.array([7])]))
     talk = tinylm("chat", "run", said="one\ntwo\nthree\n\n")
     assert talk.stdout.count("ba") == 3, talk.stderr
@@ -209,7 +210,7 @@ def test_lost_checkpoints_are_named_and_the_way_out_is_told(tmp_path):
     done = tinylm("verify", tmp_path)
     assert done.returncode == 1 and f"{tmp_path / 'run'} has lost its checkpoints" in done.stdout
     with pytest.raises(files.Damaged, match="lost its checkpoints; delete the folder and give "):
-        tuning.load_params(tmp_path / "run", GRID[0].model)
+        checkpoint.final_params(tmp_path / "run", GRID[0].model)
 
 
 def test_fit_of_a_sweep_honours_its_flags_or_refuses_them(forecast):

@@ -134,7 +134,8 @@ def coverage(calibration: dict[str, Any]) -> Figure:
     ax.axvline(0.9, color=BLACK, lw=0.8, ls="--", label="what is promised")
     ax.axvspan(calibration["coverage_low"], calibration["coverage_high"], color=GREEN, alpha=0.2,
                label="mean over studies, 90% interval")
-    ax.set_title(f"{calibration['coverage']:.0%} held on average over {len(shares)} studies")
+    ax.set_title(f"{calibration['coverage']:.0%} held on average over {len(shares)} studies",
+                 loc="left")
     ax.legend(loc="lower left", fontsize=8)
     return figure
 

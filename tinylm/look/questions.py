@@ -14,11 +14,11 @@ from tinylm.look.study import Study
 from tinylm.model.baselines import NGram
 from tinylm.model.capture import Insides, capture
 from tinylm.model.decoder import ModelConfig, Params
-from tinylm.stages.sft import load_params
 from tinylm.text import prepare, shards
 from tinylm.text.shards import Dataset
 from tinylm.text.tokenizer import CONTROL, Tokenizer
 from tinylm.train.batch import windows as count_windows
+from tinylm.train.checkpoint import final_params
 
 SEEN = 24  # tokens in the attention figure
 WINDOWS = 32  # held-out windows in which the model's best token is looked for
@@ -135,7 +135,7 @@ def _opened(study: Study) -> tuple[Dataset, Tokenizer, ModelConfig, Params]:
     config = configs.from_json(ModelConfig, values, "the target's model")
     return (shards.open_dataset(study.folder / "text/tokens"),
             prepare.open_tokenizer(study.folder / "text"), config,
-            load_params(study.folder / "target", config))
+            final_params(study.folder / "target", config))
 
 
 ANSWERS = {"Why subwords rather than characters?": subwords, "What can a bigram not see?": bigram,

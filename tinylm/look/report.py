@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from tinylm import files
+from tinylm.laws import intervals
 from tinylm.look import page, plots
 from tinylm.look.page import p, scientific, shown, table
 from tinylm.look.questions import ANSWERS
@@ -168,12 +169,67 @@ def frontier(study: Study) -> str:
         if bound := found.get("certificate", {}).get("at_bound"):
             numbers.append(f"AT ITS LIMIT: {', '.join(bound)}")
         rows.append((name.replace("_", " with "), found.get("refused") or ", ".join(numbers)))
-    parts = ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in f["laws"].items())
     return page.figure(plots.svg(plots.frontier(study)), "The laws are drawn through the minima "
                        "alone; the band is nine tenths of power laws through minima redrawn within "
                        "their standard errors. The forecast joins the laws named below.") + table(
         ("law", "fitted numbers (nats per token)"), rows, "", "text") + p(
-        f"The forecast is the {f['rule']}: {parts}. What its interval rests on is said at the top.")
+        f"The forecast is the {f['rule']}.")
+
+
+def forms(study: Study) -> str:
+    """Lay out what each law of the forecast said and weighed, and how all rank by forecasts."""
+    f = study.part("forecast.json")
+    compared = study.part("law.json").get("comparison", {}).get("laws", [])
+    measured = study.optional("score.json", {"measured": math.nan})["measured"]
+    laws = [(k.replace("_", " "), f"{f['weights'][k]:.1%}", f"{v:.4f}",
+             f"{100 * (v / measured - 1):+.2f}%" if measured == measured else "")
+            for k, v in sorted(f["laws"].items(), key=lambda law: -f["weights"][law[0]])]
+    ranked = [(r["form"], *((r["refused"], "", "", "") if "refused" in r else
+                            (f"{r['mean_percent']:.2f}%", f"{r['worst_percent']:.2f}%",
+                             f"{r['bias_percent']:+.2f}%", f"{r['forecasts']} from {r['cuts']}")))
+              for r in compared]
+    return table(("law of the forecast", "weight", "nats per token", "minus measured"), laws) + (
+        table(("law", "mean error", "worst", "bias", "forecasts from cuts"), ranked, "fitted below "
+              "a budget, asked for the minima above it; few of them, so a rank is a hint", "text")
+        if ranked else "")
+
+
+def certificates(study: Study) -> str:
+    """Say of every fit whether it stands at its optimum and what the runs leave open."""
+    rows, laws = [], study.part("law.json")
+    for name in ("surface", "frontier", "frontier_floor"):
+        c = laws[name].get("certificate")
+        rows.append((name.replace("_", " with "), *((
+            f"{c['agree_share']:.0%} of {c['starts']}", f"{c['moved']:.3g}",
+            f"{c['gradient_norm']:.1e}", f"{c['condition']:.3g}",
+            ", ".join(c["at_bound"]) or "none") if c else (laws[name].get("refused", ""),))))
+    return table(("fit", "starts that agree", "moved from the best start", "gradient", "condition",
+                  "at its limit"), rows, "certificates; condition far above 1e3 means that the "
+                 "runs do not hold the constants apart")
+
+
+def exponents(study: Study) -> str:
+    """Give the exponents under every convention, and by how much the parabola is off here."""
+    laws = study.part("law.json")
+    rows = [(name, f"{e['a']:.3f}", f"{e['a_se']:.3f}", f"{e['b']:.3f}", f"{e['b_se']:.3f}")
+            for name, e in laws.get("conventions", {}).items() if name != "refused"]
+    off = laws.get("bias", {}).get("percent", [])
+    largest = max(off, key=lambda b: abs(b["params_percent"]), default=None)
+    return (table(("parameters and FLOPs counted as", "params ~ FLOPs^", "standard error",
+                   "tokens ~ FLOPs^", "standard error"), rows, "the same minima, counted six ways")
+            if rows else "") + (p(
+        "On this grid a parabola through losses of the fitted surface misplaces the best size by "
+        f"at most {largest['params_percent']:+.2f}% and its loss by {largest['loss_percent']:+.3f}"
+        "%.") if largest else "")
+
+
+def coverage(study: Study) -> str:
+    """Show how often intervals of this rule held on studies that did not set them."""
+    parts = study.part("forecast.json")["parts"]
+    said = ", ".join(f"{k} {100 * v:.2f}%" for k, v in parts.items())
+    return page.figure(plots.svg(plots.coverage(intervals.shipped())), "Each study left out of "
+                       "its own calibration; one study is one piece of evidence.") + (p(
+        f"This interval joins, as standard deviations of the loss: {said}.") if parts else "")
 
 
 def samples(study: Study) -> str:
@@ -229,8 +285,8 @@ def times(study: Study) -> str:
 
 def measured(study: Study) -> str:
     """Say how the numbers were made."""
-    r, fit = study.record("target"), study.part("law.json")["surface"]
-    c, loss = fit.get("certificate"), r["loss"]
+    r = study.record("target")
+    loss = r["loss"]
     rows = [
         ("data", f"{r['data_id']}, tokenizer {r['tokenizer_id']}, evaluation {r['eval_id']}"),
         ("held-out loss", f"{loss['tokens']:,} tokens in disjoint windows of "
@@ -240,9 +296,6 @@ def measured(study: Study) -> str:
          f"{scientific(r['flops']['exact'])} (6ND: {scientific(r['flops']['six_nd'])})"),
         ("parameters", f"blocks and head, {r['params']['blocks']:,} + {r['params']['head']:,}; "
          "an input table of its own is not counted"),
-        ("surface fit", fit.get("refused") or f"Huber, log loss: {c['agree_share']:.0%} of "
-         f"{c['starts']} starts agree, gradient {c['gradient_norm']:.1e}, condition "
-         f"{c['condition']:.3g}"),
         ("code", r["code_id"]),
         ("versions", ", ".join(f"{k} {v}" for k, v in r["versions"].items())),
         ("plan", ", ".join(f"{k} {v}" for k, v in r["plan"].items()))]
@@ -252,6 +305,7 @@ def measured(study: Study) -> str:
 SECTIONS: dict[str, list[Any]] = {
     "Forecast and outcome": [warnings, headline, growth], "The text and its tokens": [text],
     "Baselines and transformers": [baselines], "Learning rates": [rates],
-    "Loss at equal compute": [isoflops], "The frontier and the forecast": [frontier],
+    "Loss at equal compute": [isoflops, exponents], "The frontier and the forecast": [frontier],
+    "Which law, and how far to believe it": [forms, certificates, coverage],
     "Samples": [samples], "Five questions": [questions], "All runs": [every_run, times],
     "How this was measured": [measured]}

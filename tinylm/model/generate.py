@@ -6,7 +6,7 @@ its slot only: decoding in chunks (to stream) gives the same tokens as at once.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -36,21 +36,26 @@ class Decoding(NamedTuple):
     stopped: Bool[Array, "B"]
 
 
-def prefill(config: ModelConfig, params: Params, prompts: Sequence[np.ndarray]) -> Decoding:
-    """Read the prompts (ids, at least one each) into a cache with room for T tokens in each row."""
+def prefill(config: ModelConfig, params: Params, prompts: Sequence[np.ndarray],
+            width: int = 0, slots: int = 0, place: Callable = jnp.asarray) -> Decoding:
+    """Read the prompts (ids, at least one each) into a cache with room for T tokens in each row.
+
+    With `width` and `slots` all prompts, padded to that width, and that many slots, share one
+    program; `place` puts the rows on their devices.
+    """
     if config.kind != "transformer":
         raise BadInput(f"a {config.kind} model keeps no cache; sample from a transformer")
     shortest, longest = min(map(len, prompts)), max(map(len, prompts))
     if shortest < 1 or longest >= config.T:
         raise BadInput(f"prompts of 1 to {config.T - 1} tokens fit the context T={config.T}, one "
                        f"has {longest}; shorten it")
-    width = -(-longest // BUCKET) * BUCKET
-    slots = config.T + max(1, -(-(width - shortest) // BUCKET)) * BUCKET
+    width = width or -(-longest // BUCKET) * BUCKET
+    slots = slots or config.T + max(1, -(-(width - shortest) // BUCKET)) * BUCKET
     rows = np.zeros((len(prompts), width), np.int32)
     for row, prompt in zip(rows, prompts, strict=True):
         row[width - len(prompt):] = prompt
-    begin = jnp.asarray([width - len(p) for p in prompts], jnp.int32)
-    return _prefill(config, params, jnp.asarray(rows), begin, slots)
+    begin = np.array([width - len(p) for p in prompts], np.int32)
+    return _prefill(config, params, place(rows), place(begin), slots)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))

@@ -1,6 +1,5 @@
 """Instruction tuning: the same step, on conversations, with the loss on what the assistant says."""
 
-import functools
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +13,9 @@ from tinylm import files, machine
 from tinylm.config import BadInput, require
 from tinylm.evaluate.heldout import eval_id, heldout
 from tinylm.laws.accounting import flops_per_token
-from tinylm.model.decoder import ModelConfig, Params, init
-from tinylm.text.chat import Packed, conversations, pack
+from tinylm.model.decoder import ModelConfig, Params
+from tinylm.text import tasks
+from tinylm.text.chat import Packed, conversations, pack, render
 from tinylm.text.corpora import Corpus, Document
 from tinylm.text.shards import Dataset
 from tinylm.text.tokenizer import Tokenizer
@@ -41,14 +41,22 @@ class SftConfig:
     steps: int = 200
     """optimiser steps"""
     rows: int = 16
-    """packed rows a step"""
+    """rows a step"""
+    replay: float = 0.0
+    """share of the rows that are base text, so that it is not forgotten"""
     seed: int = 0
     """of the order of the rows"""
 
     def __post_init__(self):
         require("steps", self.steps, 1, 1e9)
         require("rows", self.rows, 1, 1e6)
+        require("replay", self.replay, 0, 1)
         require("seed", self.seed, 0, 2**32 - 1)
+
+    @property
+    def replayed(self) -> int:
+        """Rows of base text a step."""
+        return min(self.rows - 1, round(self.replay * self.rows))
 
 
 def conversations_id(train: Packed, held: Packed) -> str:
@@ -81,14 +89,20 @@ def sft(
         check(config, train, held, plan)
         model, mesh = config.model, machine.mesh(plan.devices)
         tx = optim.optimiser(config.optim, model)
-        before = load_params(parent, model)
+        before = checkpoint.final_params(parent, model)
         state = step.start(before, tx, optim.hyper(config.optim, config.steps))
         loss = losses.next_token(model, config.optim.z_loss, plan)
         chunk = step.make_chunk(step.make_step(loss, tx, mesh, plan.micro))
 
         def batch_at(t: int) -> batch.Batch:
-            rows = batch.order(len(train.tokens), config.seed, t, config.rows)
-            return batch.Batch(train.tokens[rows], train.mask[rows], train.segments[rows])
+            base = config.replayed
+            rows = batch.order(len(train.tokens), config.seed, t, config.rows - base)
+            talks = batch.Batch(train.tokens[rows], train.mask[rows], train.segments[rows])
+            if not base:
+                return talks
+            text = batch.batch(data.train, config.seed, t, base, model.T)
+            text = text._replace(segments=np.ones_like(text.tokens))
+            return batch.Batch(*(np.concatenate(both) for both in zip(talks, text, strict=True)))
 
         tokens = config.steps * config.rows * model.T
         with loop.Clock(folder) as clock:
@@ -105,7 +119,8 @@ def sft(
                           parent={"id": config.parent, "step": "final"}, data_id=config.data_id,
                           tokenizer_id=data.tokenizer_id, eval_id=eval_id(data, model.T),
                           seed=config.seed, tokens=tokens,
-                          epochs=config.steps * config.rows / len(train.tokens), loss=scored,
+                          epochs=config.steps * (config.rows - config.replayed)
+                          / len(train.tokens), loss=scored,
                           answers_nats_per_token=answers if finite else None,
                           flops={"exact": flops_per_token(model.shape) * tokens, "six_nd": None})
 
@@ -138,16 +153,22 @@ def _pack(documents: list[Document], tokenizer: Tokenizer, T: int, rows: int) ->
     return pack(conversations(documents, tokenizer, T), T)
 
 
-def load_params(folder: Path, model: ModelConfig) -> Params:
-    """Load the final parameters of a finished run of this shape."""
-    if (record := run.record(folder)) is None:
-        raise BadInput(f"{folder} is no finished run; train it first")
-    if record["status"] != "ok":
-        raise BadInput(f"{folder} ended as {record['status']}; train another at a lower rate")
-    if not (places := checkpoint.steps(Path(folder) / "checkpoints")):
-        raise files.Damaged(f"{folder} {run.LOST}")
-    like = jax.eval_shape(functools.partial(init, model), jax.random.key(0))
-    return checkpoint.restore_params(places[-1], like)
+def with_tasks(packed: list[Packed], count: int, tokenizer: Tokenizer, T: int,
+               seed: int) -> list[Packed]:
+    """Mix generated tasks (text/tasks.py, of training's split) into the rows of both splits."""
+    chosen = tasks.mixed("train", seed, count)
+    talks = [render(tasks.conversation(t), tokenizer) for t in chosen]
+    held = max(1, count // 25)
+    return [joined([side, pack(part, T)], seed)
+            for side, part in zip(packed, (talks[held:], talks[:held]), strict=True)]
+
+
+def joined(parts: list[Packed], seed: int) -> Packed:
+    """Join packed rows and shuffle them, so that every split of them holds a share of each."""
+    rows = sum(len(part.tokens) for part in parts)
+    order = batch.permute(np.arange(rows), rows, seed, 0)
+    arrays = (np.concatenate([part[i] for part in parts])[order] for i in range(3))
+    return Packed(*arrays, sum(part.dropped for part in parts))
 
 
 def answers_nll(model: ModelConfig, params: Params, held: Packed) -> float:

@@ -12,6 +12,7 @@ from tinylm.laws.accounting import Parameters
 from tinylm.laws.fit import fit_frontier, fit_surface
 from tinylm.laws.isoflop import bias, conventions, exponents, minima
 from tinylm.laws.runs import Runs
+from tinylm.laws.table import compare
 
 Record = dict[str, Any]
 SEEDS = 0.015
@@ -53,6 +54,7 @@ def fit(records: list[Record]) -> dict[str, Any]:
             "bias": _or_why(lambda: {"percent": [b._asdict() for b in bias(runs)]}),
             "conventions": _or_why(lambda: {k: e._asdict()
                                             for k, e in conventions(runs, counts).items()}),
+            "comparison": _or_why(lambda: {"laws": compare(runs)}),
             "surface": _or_why(lambda: _told(fit_surface(runs))),
             "frontier": _or_why(lambda: _told(fit_frontier(flops, loss, floor=False))),
             "frontier_floor": _or_why(lambda: _told(fit_frontier(flops, loss, floor=True)))}

@@ -4,8 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from tinylm import files
 from tinylm.config import BadInput, digest
+from tinylm.text.chat import render
 from tinylm.text.corpora import rows, turns
+from tinylm.text.tokenizer import END, PAD, Tokenizer
 
 SHAPES = ('{"prompt": "..." or "messages": [...], and either "chosen": "...", "rejected": "..." '
           'or "responses": [best, ..., worst]}')
@@ -16,6 +21,48 @@ class Preference(NamedTuple):
 
     messages: tuple[tuple[str, str], ...]
     responses: tuple[str, ...]
+
+
+class Ranked(NamedTuple):
+    """Prompts with responses as ids: one row a response, the rows of a prompt side by side."""
+
+    tokens: np.ndarray  # int32[prompts, R, T + 1]: prompt, response, <|end|>, padding
+    mask: np.ndarray  # float32[prompts, R, T]: 1 where tokens[.., t + 1] is the response's
+    wins: np.ndarray  # float32[prompts, R, R]: 1 where response i is preferred to j
+
+    @property
+    def id(self) -> str:
+        """Hash the ranking: 16 hex digits."""
+        return digest([files.sha256_of(np.ascontiguousarray(a)) for a in self])[:16]
+
+
+def ranked(preferences: Sequence[Preference], tokenizer: Tokenizer,
+           T: int) -> tuple[Ranked, int]:
+    """Lay preferences out in rows of at most T + 1 ids, best response first.
+
+    Also count those left out because no two of their responses fit. BadInput if none is left.
+    """
+    kept = []
+    for one in preferences:
+        asked = render(one.messages, tokenizer, prompt=True)[0]
+        said = [np.append(tokenizer.encode(text), END) for text in one.responses]
+        if len(said := [ids for ids in said if len(asked) + len(ids) <= T + 1]) > 1:
+            kept.append((asked, said))
+    if not kept:
+        raise BadInput(f"no two responses to any of {len(preferences)} prompts fit T={T} tokens; "
+                       "bring shorter ones or a model of larger T")
+    most = max(len(said) for _, said in kept)
+    longest = max(len(asked) + len(ids) for asked, said in kept for ids in said)
+    tokens = np.full((len(kept), most, longest), PAD, np.int32)
+    mask = np.zeros((len(kept), most, longest - 1), np.float32)
+    wins = np.zeros((len(kept), most, most), np.float32)
+    for n, (asked, said) in enumerate(kept):
+        for r, ids in enumerate(said):
+            end = len(asked) + len(ids)
+            tokens[n, r, :end] = np.concatenate([asked, ids])
+            mask[n, r, len(asked) - 1: end - 1] = 1
+        wins[n, :len(said), :len(said)] = np.triu(np.ones((len(said), len(said))), 1)
+    return Ranked(tokens, mask, wins), len(preferences) - len(kept)
 
 
 def read_jsonl(path: Path) -> list[Preference]:

@@ -54,6 +54,25 @@ def draw(family: str, rule: str, split: Split, seed: int, count: int) -> list[Ta
                                ("split", split, ("train", "test", "reworded"))):
         if value not in known:
             raise BadInput(f"{name} {value!r} is unknown; choose one of {', '.join(known)}")
+    if len(found := _different(family, rule, split, seed, count)) < count:
+        raise BadInput(f"{count} {split} tasks of {family!r} with rule {rule!r} are more than the "
+                       f"{len(found)} different ones found; ask for fewer")
+    return found
+
+
+def mixed(split: Split, seed: int, count: int) -> list[Task]:
+    """Draw about `count` tasks to tune on: every family and rule in turn, half of them plain.
+
+    A family with fewer different tasks of a rule gives all that it has.
+    """
+    each = -(-count // (2 * len(FAMILIES)))  # plain, and of all other rules together
+    drawn = [task for family in FAMILIES for rule in RULES for task in _different(
+        family, rule, split, seed, each if rule == "plain" else -(-each // (len(RULES) - 1)))]
+    random.Random(f"mixed/{split}/{seed}").shuffle(drawn)
+    return drawn
+
+
+def _different(family: str, rule: str, split: Split, seed: int, count: int) -> list[Task]:
     rng = random.Random(f"{family}/{rule}/{split}/{seed}")
     found: dict[tuple, Task] = {}
     for _ in range(50 * count):
@@ -61,9 +80,6 @@ def draw(family: str, rule: str, split: Split, seed: int, count: int) -> list[Ta
             break
         task = _task(family, rule, split, rng)
         found.setdefault(task.messages, task)
-    if len(found) < count:
-        raise BadInput(f"{count} {split} tasks of {family!r} with rule {rule!r} are more than the "
-                       f"{len(found)} different ones found; ask for fewer")
     return list(found.values())
 
 

@@ -1,6 +1,7 @@
 """Checkpoints: Orbax inside (it checksums no array data), our sealed manifest outside."""
 
 import errno
+import functools
 import os
 import re
 import shutil
@@ -13,7 +14,9 @@ import orbax.checkpoint as ocp
 
 from tinylm import files
 from tinylm.config import BadInput
-from tinylm.model.decoder import Params
+from tinylm.model import heads
+from tinylm.model.decoder import ModelConfig, Params, init
+from tinylm.train import run
 from tinylm.train.step import State
 
 
@@ -66,6 +69,41 @@ def restore_params(place: Path, like: Params) -> Params:
     """Load a checkpoint's parameters alone."""
     files.verified(place)
     return _read(place / "params", like)
+
+
+def final_params(folder: Path, model: ModelConfig) -> Params:
+    """Load the final parameters of a finished run of this shape; of PPO's the policy alone."""
+    record, place, like = _final(folder, model)
+    if record["kind"] == "reward":
+        raise BadInput(f"{folder} is a reward model and says nothing; give a run that speaks")
+    wanted = {**like, "value": _scored(model)} if record["kind"] == "ppo" else like
+    found = restore_params(place, wanted)
+    return {name: found[name] for name in like}
+
+
+def final_scorer(folder: Path, model: ModelConfig) -> Params:
+    """Load a finished reward model: scores of mean 0 and deviation 1 where it was normalised."""
+    record, place, _ = _final(folder, model)
+    if record["kind"] != "reward":
+        raise BadInput(f"{folder} is a run of kind {record['kind']!r}; give a reward model, which "
+                       "`tinylm reward` trains")
+    mean, deviation = (record["preferences"]["scores"][k] for k in ("mean", "deviation"))
+    return heads.normalised(restore_params(place, _scored(model)), mean, deviation)
+
+
+def _final(folder: Path, model: ModelConfig) -> tuple[dict[str, Any], Path, Params]:
+    if (record := run.record(folder)) is None:
+        raise BadInput(f"{folder} is no finished run; train it first")
+    if record["status"] != "ok":
+        raise BadInput(f"{folder} ended as {record['status']}; train another at a lower rate")
+    if not (places := steps(Path(folder) / "checkpoints")):
+        raise files.Damaged(f"{folder} {run.LOST}")
+    return record, places[-1], jax.eval_shape(functools.partial(init, model), jax.random.key(0))
+
+
+def _scored(model: ModelConfig) -> Params:
+    return jax.eval_shape(lambda key: heads.with_head(model, init(model, key), key),
+                          jax.random.key(0))
 
 
 def newest(folder: Path, like: State, warn: Any) -> tuple[State, dict[str, Any]] | None:

@@ -23,6 +23,8 @@ from tinylm.train.batch import Batch
 from tinylm.train.run import Stopped
 from tinylm.train.step import Metrics, State, place, replicate
 
+LOSSES = ("nats_per_token", "nats_per_pair", "policy_loss")
+"""metrics by which a run is watched, whichever it has; one that is not finite ends it"""
 Event = Callable[[int, float], None]
 """called after every chunk with the steps done and the last chunk's loss"""
 
@@ -46,11 +48,13 @@ def train(
     mesh: jax.sharding.Mesh,
     clock: "Clock",
     kept: tuple[int, ...] = (),
+    over: Callable[[], bool] = lambda: False,
 ) -> tuple[State, list[bool]]:
     """Run to the members' ends from the newest checkpoint or `state`; say whose loss is finite.
 
     A population's state, batches and metrics have a leading axis of members, padding at its end.
-    The checkpoints of the `kept` steps stay, for runs that branch off there.
+    The checkpoints of the `kept` steps stay, for runs that branch off there. Where `over` says so
+    the run ends before its last step.
     Metrics rows, checkpoints and parameters are the same however often the run was killed.
     Raises Stopped after a signal, once the state is saved.
     """
@@ -79,9 +83,10 @@ def train(
                 continue
             row = _row(values, first, taken, tokens_a_step)
             sizes[i] = files.append_lines(member.log, [json.dumps(row)])
-            sound[i] = row["train/nats_per_token"] is not None
+            told = next(row[f"train/{name}"] for name in LOSSES if f"train/{name}" in row)
+            sound[i] = told is not None
             if member.event:
-                member.event(first + taken, row["train/nats_per_token"] or float("nan"))
+                member.event(first + taken, float("nan") if told is None else told)
 
     def save() -> None:
         nonlocal saved
@@ -93,7 +98,7 @@ def train(
         saved = done
 
     with _signals() as stop:
-        while left() > 0:
+        while left() > 0 and not over():
             n = min(plan.chunk, left(), *(k - done for k in kept if k > done))
             with clock.doing("input"):
                 batches = place(mesh, _stack([batch_at(done + i) for i in range(n)], plan.chunk),
@@ -121,7 +126,7 @@ class Clock:
     """One row of timing.jsonl: where the wall time of a process that worked on a run went.
 
     Seconds of compile (tracing, lowering and loading from the cache too), start (initialise,
-    restore), input, save and evaluate; the rest of the wall time was computing.
+    restore), input, save and evaluate, of a policy's run sample too; the rest was computing.
     """
 
     def __init__(self, folder: Path):
@@ -137,7 +142,8 @@ class Clock:
         try:
             yield
         finally:
-            self.spent[what] += time.perf_counter() - began - self._compiled(began)
+            seconds = time.perf_counter() - began - self._compiled(began)
+            self.spent[what] = self.spent.get(what, 0.0) + seconds
 
     def __enter__(self) -> "Clock":
         return self

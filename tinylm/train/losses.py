@@ -5,13 +5,14 @@ Masks are 1 for what counts: a response's tokens up to and with its end, never i
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from tinylm.machine import PLAIN, Plan
+from tinylm.model import heads
 from tinylm.model.decoder import ModelConfig, Params, rebuild
 from tinylm.train.batch import Batch
 from tinylm.train.rewards import Scalar, kl_estimate, wide
@@ -42,6 +43,55 @@ def next_token(config: ModelConfig, z_loss: float = 0.0, plan: Plan = PLAIN) -> 
         return jnp.sum(w * (each + z_loss * logz**2)), sums
 
     return loss
+
+
+def ranking(config: ModelConfig, center: float = 0.0, plan: Plan = PLAIN) -> Loss:
+    """Build the loss of scoring ranked responses (text/preferences.Ranked) by Bradley and Terry."""
+
+    def loss(params: Params, batch: Any) -> tuple[Array, Sums]:
+        return bradley_terry(response_scores(config, params, batch, plan), batch.wins,
+                             center=center)
+
+    return loss
+
+
+def response_scores(config: ModelConfig, params: Params, batch: Any,
+                    plan: Plan = PLAIN) -> Float[Array, "B R"]:
+    """Give a reward model's score of each response, read at its last token; 0 for none."""
+    B, R, T1 = batch.tokens.shape
+    real = jnp.pad(batch.mask, ((0, 0), (0, 0), (1, 0))).reshape(B * R, T1)
+    each = heads.scores(config, params, batch.tokens.reshape(B * R, T1), plan=plan)
+    return heads.at_last(each, real).reshape(B, R)
+
+
+class Pairs(NamedTuple):
+    """Two responses to one prompt, the preferred one first."""
+
+    tokens: Int[Array, "B 2 T1"]
+    mask: Float[Array, "B 2 T"]
+    ref: Float[Array, "B 2"]
+    """log-probabilities of the responses under the reference, nats"""
+    weights: Float[Array, "B"]
+
+
+def preference(config: ModelConfig, beta: float, smoothing: float, plan: Plan = PLAIN) -> Loss:
+    """Build the loss of direct preference optimisation (`dpo`) on Pairs."""
+
+    def loss(params: Params, batch: Pairs) -> tuple[Array, Sums]:
+        said = response_logp(config, params, batch.tokens, batch.mask, plan)
+        return dpo(said[:, 0], said[:, 1], batch.ref[:, 0], batch.ref[:, 1], batch.weights,
+                   beta=beta, smoothing=smoothing)
+
+    return loss
+
+
+def response_logp(config: ModelConfig, params: Params, tokens: Int[Array, "B R T1"],
+                  mask: Float[Array, "B R T"], plan: Plan = PLAIN) -> Float[Array, "B R"]:
+    """Give the log-probability of each response, summed over its tokens and its end, nats."""
+    B, R, T1 = tokens.shape
+    flat = tokens.reshape(B * R, T1)
+    logits = rebuild(config, params)(flat[:, :-1], plan=plan)
+    return sequence_logp(logits, flat[:, 1:], mask.reshape(B * R, -1)).reshape(B, R)
 
 
 def token_logp(

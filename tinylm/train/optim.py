@@ -117,7 +117,8 @@ def _decay_and_rate(kind: str, model: ModelConfig) -> optax.GradientTransformati
 
 
 def _names(path: tuple) -> list[str]:
-    return [str(key.key) for key in path]
+    names = [str(key.key) for key in path]
+    return names[1:] if names[0] == "value" else names  # PPO's second trunk learns as the first
 
 
 def _decays(path: tuple) -> bool:

@@ -110,8 +110,8 @@ def place(mesh: jax.sharding.Mesh, batches: Any, rows: int = 1) -> Any:
                         batches)
 
 
-def replicate(mesh: jax.sharding.Mesh, state: State) -> State:
-    """Put a state on every device of the mesh."""
+def replicate(mesh: jax.sharding.Mesh, state: Any) -> Any:
+    """Put a state, or parameters, on every device of the mesh."""
     return jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 VERBS = {
     "tokenizer": "runs.tokenizer", "train": "runs.train", "sweep": "runs.sweep", "fit": "laws.fit",
     "forecast": "plans.forecast", "plan": "plans.plan", "check": "laws.check", "sft": "runs.sft",
+    "reward": "align.reward", "dpo": "align.dpo", "ppo": "align.ppo", "grpo": "align.grpo",
+    "best-of-n": "align.best_of_n",
     "eval": "runs.evaluate", "sample": "talk.sample", "chat": "talk.chat", "bench": "care.bench",
     "report": "care.report", "verify": "care.verify",
 }

@@ -1,14 +1,15 @@
 """Verbs that prepare text, train and measure: tokenizer, train, sweep, sft, eval."""
 
 from pathlib import Path
+from typing import Literal
 
 from tyro.conf import Positional
 
 from tinylm import files, machine
 from tinylm.config import BadInput
-from tinylm.evaluate import heldout
+from tinylm.evaluate import heldout, suite
 from tinylm.laws import forecast as forecasts
-from tinylm.look import progress
+from tinylm.look import alignment, progress
 from tinylm.model.decoder import ModelConfig
 from tinylm.stages import pretrain
 from tinylm.stages import sft as tuning
@@ -17,6 +18,7 @@ from tinylm.sweep.presets import RateRule
 from tinylm.sweep.trunks import saved, shared
 from tinylm.text import corpora, prepare
 from tinylm.text.chat import pack, read_jsonl, render
+from tinylm.train import checkpoint
 from tinylm.train.optim import OptimConfig
 from tinylm.verbs import folders, models
 
@@ -134,8 +136,9 @@ def sweep(out: Path, budgets: tuple[float, ...], widths: tuple[int, ...],
 
 def sft(parent: Positional[Path], out: Path, data: tuple[Path, ...] = (),
         corpus: tuple[str, ...] = (), field: str = "text", text: Path | None = None,
-        optim: OptimConfig = OptimConfig(lr=1e-3, decay=1.0),  # noqa: B008
-        steps: int = 400, rows: int = 16, seed: int = 0, json: bool = False) -> None:
+        tasks: int = 0, optim: OptimConfig = OptimConfig(lr=1e-3, decay=1.0),  # noqa: B008
+        steps: int = 400, rows: int = 16, replay: float = 0.0, seed: int = 0,
+        json: bool = False) -> None:
     """Tune a finished run on conversations, with the loss on what the assistant says.
 
     Args:
@@ -145,16 +148,20 @@ def sft(parent: Positional[Path], out: Path, data: tuple[Path, ...] = (),
         corpus: text files to take conversations from where there is no data; none: the default
         field: the text field of .jsonl and .parquet rows
         text: the prepared folder of the parent, where it has moved
+        tasks: generated instruction tasks to mix in, of every family and rule
         optim: the optimiser and its schedule
         steps: optimiser steps
         rows: packed rows a step
+        replay: share of the rows that are base text
         seed: of the order of the rows
         json: print the record on the last line
     """
     config, tokens, learnt = models.opened(parent, text)
     packed = _conversations(data, corpus, field, learnt, config.T, steps, rows)
+    if tasks:
+        packed = tuning.with_tasks(packed, tasks, learnt, config.T, seed)
     wanted = tuning.SftConfig(config, optim, folders.finished(parent)["id"],
-                              tuning.conversations_id(*packed), steps, rows, seed)
+                              tuning.conversations_id(*packed), steps, rows, replay, seed)
     plan = folders.plan_of(out, rows, config.shape)
     with progress.bar("sft", steps) as event:
         record = tuning.sft(out, wanted, parent, *packed, tokens, plan, event)
@@ -163,19 +170,42 @@ def sft(parent: Positional[Path], out: Path, data: tuple[Path, ...] = (),
         raise SystemExit(1)
 
 
-def evaluate(target: Positional[Path], text: Path | None = None, json: bool = False) -> None:
-    """Measure the held-out loss of a finished run, by part of the corpus.
+def evaluate(target: Positional[Path], also: tuple[Path, ...] = (), tasks: int = 0,
+             split: Literal["test", "reworded"] = "test", budget: int = 32, seed: int = 0,
+             text: Path | None = None, json: bool = False) -> None:
+    """Measure the held-out loss of a finished run, or put runs of one lineage into one table.
 
     Args:
-        target: folder of the run
+        target: folder of the run; in a table what KL and wins of the others are against
+        also: folders of the runs to put beside it
+        tasks: instruction tasks a family to ask every run; 0: the held-out loss alone
+        split: test: words unseen in training; reworded: phrases unseen too
+        budget: tokens of an answer at most
+        seed: of the tasks and the draws
         text: a prepared folder with the run's tokenizer; none: the run's own
         json: print the losses on the last line
     """
-    config, tokens, _ = models.opened(target, text)
-    found = heldout.heldout(config, tuning.load_params(target, config), tokens)
-    progress.answer({**found._asdict(), "eval_id": heldout.eval_id(tokens, config.T)}, json,
-                    f"{found.nats_per_token:.4f} nats a token (se {found.stderr:.4f}), "
-                    f"{found.bits_per_byte:.4f} bits a byte, {found.tokens} tokens")
+    if also and not tasks:
+        raise BadInput(f"--also {also[0]} is for the table; say how many --tasks a family to ask")
+    config, tokens, learnt = models.opened(target, text)
+    ref = checkpoint.final_params(target, config)
+    found = heldout.heldout(config, ref, tokens)
+    if not tasks:
+        progress.answer({**found._asdict(), "eval_id": heldout.eval_id(tokens, config.T)}, json,
+                        f"{found.nats_per_token:.4f} nats a token (se {found.stderr:.4f}), "
+                        f"{found.bits_per_byte:.4f} bits a byte, {found.tokens} tokens")
+        return
+    asked, rows, first = suite.SuiteConfig(tasks, split, budget, seed), {}, None
+    for place in (target, *also):
+        model, _, _ = models.opened(place, text)
+        if model != config:
+            raise BadInput(f"{place} is another model than {target}; compare runs of one lineage")
+        params = checkpoint.final_params(place, model)
+        row, gold = suite.table_row(asked, model, params, ref, learnt)
+        loss = heldout.heldout(model, params, tokens).bits_per_byte
+        first = gold if first is None else first
+        rows[str(place)] = {**row, "bits_per_byte": loss, "wins": suite.wins(gold, first)}
+    progress.answer({"suite": vars(asked), "runs": rows}, json, alignment.table(rows))
 
 
 def _conversations(data, corpus, field, learnt, T, steps, rows):

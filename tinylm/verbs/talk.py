@@ -9,9 +9,9 @@ from tyro.conf import Positional
 from tinylm.config import BadInput
 from tinylm.look import progress
 from tinylm.model import generate
-from tinylm.stages import sft as tuning
 from tinylm.text.chat import render
 from tinylm.text.tokenizer import BOS
+from tinylm.train import checkpoint
 from tinylm.verbs import folders, models
 
 
@@ -29,7 +29,7 @@ def sample(target: Positional[Path], prompt: str = "", count: int = 100, seed: i
     """
     config, _, learnt = models.opened(target, text)
     ids = np.concatenate([[BOS], learnt.encode(prompt)])
-    _stream(tuning.load_params(target, config), config, learnt, ids, count, seed, temperature)
+    _stream(checkpoint.final_params(target, config), config, learnt, ids, count, seed, temperature)
 
 
 def chat(target: Positional[Path], prompt: str = "", system: str = "", seed: int = 0,
@@ -47,8 +47,8 @@ def chat(target: Positional[Path], prompt: str = "", system: str = "", seed: int
         text: the prepared folder of the run, where it has moved
     """
     config, _, learnt = models.opened(target, text)
-    params = tuning.load_params(target, config)
-    tuned = folders.finished(target)["kind"] == "sft"
+    params = checkpoint.final_params(target, config)
+    tuned = folders.finished(target)["kind"] not in ("pretrain", "branch")
     said: list[tuple[str, str]] = []
     for turn, message in enumerate([prompt] if prompt else _typed()):
         said.append(("user", message))

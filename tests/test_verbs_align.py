@@ -1,0 +1,89 @@
+"""The chain from a tuned run to reward model, policies and their table, by the command line."""
+
+import json
+
+import pytest
+from command import tinylm
+from test_stages_pretrain import story
+
+from tinylm import files
+
+
+def last(done) -> dict:
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory):
+    """A base run, tuned on generated tasks, with rankings of two answers to forty questions."""
+    folder = tmp_path_factory.mktemp("chain")
+    text = folder / "stories.txt"
+    text.write_text("\n".join(story(n, 40) for n in range(30)))
+    last(tinylm("train", "--out", folder / "base", "--corpus", text, "--model.V", 128, "--model.D",
+                16, "--model.T", 96, "--batch", 192, "--steps", 20, "--json"))
+    last(tinylm("sft", folder / "base", "--out", folder / "sft", "--corpus", text, "--tasks", 300,
+                "--replay", 0.25, "--steps", 20, "--rows", 8, "--json"))
+    rows = [{"prompt": f"Say: {a}{b}", "chosen": a + b, "rejected": b + a}
+            for a in "bdgklmnr" for b in "aeiou"]
+    (folder / "ranked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_tuning_mixes_tasks_and_replays_base_text(chain):
+    record = files.read_json(chain / "sft/record.json")
+    assert record["config"]["replay"] == 0.25 and record["epochs"] > 0
+    answers = record["answers_nats_per_token"]
+    assert answers["after"] < answers["before"]
+
+
+def test_rankings_make_a_reward_model_that_policies_are_tuned_against(chain):
+    ranked = chain / "ranked.jsonl"
+    told = last(tinylm("reward", chain / "sft", "--out", chain / "rm", "--data", ranked,
+                       "--prompts", 4, "--json"))
+    assert told["preferences"]["prompts"] == 4 and told["kind"] == "reward"
+    for method in ("grpo", "ppo"):
+        found = last(tinylm(method, chain / "sft", "--out", chain / method, "--reward",
+                            chain / "rm", "--family", "copy", "--count", 20, "--policy.rollouts", 2,
+                            "--policy.prompts", 2, "--policy.responses", 4, "--policy.budget", 8,
+                            "--json"))
+        assert found["kind"] == method and found["config"]["judge"] == told["id"]
+    best = last(tinylm("best-of-n", chain / "sft", "--reward", chain / "rm", "--family", "copy",
+                       "--count", 4, "--samples", 4, "--n", 1, 4, "--budget", 8, "--json"))["rows"]
+    assert [row["n"] for row in best] == [1, 4] and best[0]["kl_bound_nats"] == 0
+    assert best[1]["proxy"] >= best[0]["proxy"]
+    again = tinylm("grpo", chain / "sft", "--out", chain / "grpo", "--reward", chain / "rm",
+                   "--family", "copy", "--count", 20, "--policy.rollouts", 3, "--policy.prompts", 2,
+                   "--policy.responses", 4, "--policy.budget", 8)
+    assert again.returncode == 2 and "rollouts=2" in again.stderr
+    assert tinylm("verify", chain).returncode == 0
+    mute = tinylm("chat", chain / "rm", "--prompt", "hi")
+    assert mute.returncode == 2 and "is a reward model and says nothing" in mute.stderr
+
+
+def test_dpo_and_a_table_of_runs_of_one_lineage(chain):
+    last(tinylm("dpo", chain / "sft", "--out", chain / "dpo", "--data", chain / "ranked.jsonl",
+                "--pairs", 4, "--json"))
+    table = last(tinylm("eval", chain / "sft", "--also", chain / "dpo", chain / "base", "--tasks",
+                        11, "--budget", 8, "--json"))["runs"]
+    sft, dpo, base = table.values()
+    assert sft["kl_nats"] == 0 < dpo["kl_nats"] and sft["wins"]["rate"] == 0.5
+    assert sft["tasks"] + sft["too_long"] == 11 * 11 + 3 * 11 and base["bits_per_byte"] > 0
+    shown = tinylm("eval", chain / "sft", "--also", chain / "dpo", "--tasks", 2, "--budget", 8)
+    assert "exact (macro)" in shown.stdout and "  recall" in shown.stdout
+
+
+@pytest.mark.parametrize(("words", "command"), [
+    ("give a reward model", ("best-of-n", "sft", "--reward", "sft")),
+    ("either --data with rankings or --sampled", ("reward", "sft", "--out", "new")),
+    ("say how many --tasks", ("eval", "sft", "--also", "base")),
+    ("family 'poem' is unknown", ("grpo", "sft", "--out", "new", "--family", "poem")),
+    ("no task fits T=96", ("grpo", "sft", "--out", "new", "--policy.budget", 96)),
+    ("beta=nan", ("grpo", "sft", "--out", "new", "--policy.beta", "nan")),
+    ("n=9 is", ("best-of-n", "sft", "--n", 9, "--samples", 4)),
+    ("no such file", ("dpo", "sft", "--out", "new", "--data", "none.jsonl"))])
+def test_mistakes_are_one_line_and_write_nothing(chain, words, command):
+    places = ("sft", "base", "new", "none.jsonl")
+    done = tinylm(*(chain / c if c in places else c for c in command))
+    assert done.returncode == 2 and words in done.stderr.lower() + done.stderr, done.stderr
+    assert done.stderr.strip().count("\n") <= 1 and not (chain / "new").exists()

@@ -1,0 +1,147 @@
+"""One row of the table that compares base, tuned and optimised models on the instruction suite.
+
+The tasks are drawn once by seed, about words that no training task holds (text/tasks.py); a rate
+comes with its 95% interval. Answers are the likeliest tokens; KL and entropy are of samples at
+temperature 1, the KL exact over the whole vocabulary at every token.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tinylm.config import BadInput, require
+from tinylm.evaluate.rates import share, win_rate
+from tinylm.model.decoder import ModelConfig, Params
+from tinylm.text import tasks
+from tinylm.text.chat import render
+from tinylm.text.tasks import Task
+from tinylm.text.tokenizer import Tokenizer
+from tinylm.train.rollout import Rollout, measured, padded, rollout
+
+AT_ONCE = 128
+"""prompts answered together"""
+REPEAT = 4
+"""an answer repeats itself if it holds a run of so many tokens twice"""
+
+
+@dataclass(frozen=True)
+class SuiteConfig:
+    """Which tasks are asked and how answers are drawn."""
+
+    each: int = 500
+    """tasks a family, without a rule; a rule gets as many over all families"""
+    split: tasks.Split = "test"
+    """test: words unseen in training; reworded: phrases unseen too"""
+    budget: int = 32
+    """tokens of an answer at most"""
+    seed: int = 0
+    """of the tasks and the draws"""
+
+    def __post_init__(self):
+        require("each", self.each, 1, 1e5)
+        require("budget", self.budget, 1, 1e6)
+        require("seed", self.seed, 0, 2**32 - 1)
+
+
+def drawn(config: SuiteConfig) -> list[Task]:
+    """Draw the suite's tasks: every family plain, every rule over all families."""
+    plain = [t for family in tasks.FAMILIES
+             for t in tasks.draw(family, "plain", config.split, config.seed, config.each)]
+    few = -(-config.each // len(tasks.FAMILIES))
+    return plain + [t for rule in tasks.RULES[1:] for family in tasks.FAMILIES
+                    for t in tasks.draw(family, rule, config.split, config.seed, few)]
+
+
+def asked(chosen: Sequence[Task], tokenizer: Tokenizer) -> list[np.ndarray]:
+    """Render tasks to prompts: ids that end with <|assistant|>."""
+    return [render(t.messages, tokenizer, prompt=True)[0] for t in chosen]
+
+
+def fitting(model: ModelConfig, chosen: Sequence[Task], tokenizer: Tokenizer,
+            budget: int) -> tuple[list[Task], list[np.ndarray]]:
+    """Give the tasks whose prompt leaves room for an answer, and their prompts."""
+    prompts = asked(chosen, tokenizer)
+    fit = [i for i, p in enumerate(prompts) if padded([p]) + budget <= model.T + 1]
+    if not fit:
+        raise BadInput(f"no task fits T={model.T} beside responses of {budget} tokens; lower the "
+                       "budget")
+    return [chosen[i] for i in fit], [prompts[i] for i in fit]
+
+
+def answered(model: ModelConfig, params: Params, prompts: Sequence[np.ndarray], budget: int,
+             seed: int = 0, temperature: float = 0.0) -> list[Rollout]:
+    """Answer prompts, AT_ONCE at a time (the last repeated), all padded to one width."""
+    width = padded(prompts)
+    full = [*prompts, *[prompts[-1]] * (-len(prompts) % min(AT_ONCE, len(prompts)))]
+    out = []
+    for n, at in enumerate(range(0, len(full), AT_ONCE)):
+        key = jax.random.fold_in(jax.random.key(seed), n)
+        out.append(rollout(model, params, full[at: at + AT_ONCE], width, budget, key, temperature))
+    return out
+
+
+def joined(parts: Sequence[Rollout], count: int) -> Rollout:
+    """Join rollouts of one width and keep the first `count` rows."""
+    return Rollout(*(np.concatenate([part[i] for part in parts])[:count] for i in range(4)))
+
+
+def golds(chosen: Sequence[Task], rolled: Rollout, tokenizer: Tokenizer) -> np.ndarray:
+    """Give each task's reward, 0 where the answer does not close its turn."""
+    said = [tokenizer.decode(ids) for ids in rolled.responses]
+    right = [tasks.reward(t, text) for t, text in zip(chosen, said, strict=True)]
+    return np.array(right, np.float32) * rolled.ended
+
+
+def table_row(config: SuiteConfig, model: ModelConfig, params: Params, ref: Params,
+              tokenizer: Tokenizer) -> tuple[dict[str, Any], np.ndarray]:
+    """Measure a model on the suite; give its row and the reward of every task.
+
+    `ref` is what KL is measured against, the tuned model that the others came from.
+    """
+    every = drawn(config)
+    chosen, prompts = fitting(model, every, tokenizer, config.budget)
+    rolled = joined(answered(model, params, prompts, config.budget), len(prompts))
+    gold = golds(chosen, rolled, tokenizer)
+    said = [tokenizer.decode(ids) for ids in rolled.responses]
+    kept = np.array([tasks.obeyed(t, text) is not None for t, text in zip(chosen, said,
+                                                                          strict=True)])
+    ruled = np.array([t.rule != "plain" for t in chosen])
+    plain = {f: np.array([t.family == f for t in chosen]) & ~ruled for f in tasks.FAMILIES}
+    rows = {f: rate(gold[where]) for f, where in plain.items()}
+    some = joined(answered(model, params, prompts[::8], config.budget, config.seed, 1.0),
+                  len(prompts[::8]))
+    found = measured(model, params, ref, some)
+    count = some.mask.sum()
+    return {"tasks": len(chosen), "too_long": len(every) - len(chosen),
+            "tasks_id": tasks.tasks_id(every), "split": config.split,
+            "exact": rows, "macro": float(np.mean([row["rate"] for row in rows.values()])),
+            "micro": rate(gold[~ruled]), "obeyed": rate((kept * rolled.ended)[ruled]),
+            "rules_and_answers": rate(gold[ruled]), "stops": rate(rolled.ended),
+            "leaks": rate(rolled.leaked),
+            "truncated": rate(1 - rolled.ended - rolled.leaked),
+            "repeats": rate(np.array([repeats(ids) for ids in rolled.responses], np.float32)),
+            "length_tokens": float(rolled.mask.sum(1).mean()),
+            "kl_nats": float((found.kl * some.mask).sum(1).mean()),
+            "entropy_nats": float((found.entropy * some.mask).sum() / count)}, gold
+
+
+def wins(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
+    """Give the rate at which one model's rewards beat another's on the same tasks, ties half."""
+    found = win_rate(jnp.asarray(ours), jnp.asarray(theirs), jnp.ones(len(ours)))
+    return {"rate": float(found.rate), "low95": float(found.low), "high95": float(found.high)}
+
+
+def rate(cases: np.ndarray) -> dict[str, float]:
+    """Give a share with its 95% interval."""
+    found = share(jnp.asarray(cases, jnp.float32), jnp.ones(len(cases)))
+    return {"rate": float(found.rate), "low95": float(found.low), "high95": float(found.high)}
+
+
+def repeats(ids: np.ndarray) -> bool:
+    """Say whether a run of REPEAT tokens comes twice in a response."""
+    runs = [tuple(ids[i: i + REPEAT]) for i in range(len(ids) - REPEAT + 1)]
+    return len(set(runs)) < len(runs)

@@ -1,0 +1,76 @@
+"""What alignment came to, in lines and tables: reward models, policies, the table of all stages."""
+
+import math
+from typing import Any
+
+COLUMNS = (("exact (macro)", lambda r: f"{r['macro']:.1%}"),
+           ("exact", lambda r: _rate(r["micro"])), ("stops", lambda r: _rate(r["stops"])),
+           ("leaks a role", lambda r: _rate(r["leaks"])),
+           ("truncated", lambda r: _rate(r["truncated"])),
+           ("repeats", lambda r: _rate(r["repeats"])),
+           ("obeys the system", lambda r: _rate(r["obeyed"])),
+           ("obeys and is right", lambda r: _rate(r["rules_and_answers"])),
+           ("wins", lambda r: _rate(r["wins"])),
+           ("bits a byte", lambda r: f"{r['bits_per_byte']:.4f}"),
+           ("KL, nats", lambda r: f"{r['kl_nats']:.3f}"),
+           ("entropy, nats", lambda r: f"{r['entropy_nats']:.3f}"),
+           ("tokens", lambda r: f"{r['length_tokens']:.1f}"))
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """Lay the suite's rows out, a column a run; wins and KL are against the first."""
+    names, wide = list(rows), 24
+    lines = [" " * 20 + "".join(name[-wide + 2:].rjust(wide) for name in names)]
+    lines += [title.ljust(20) + "".join(show(rows[name]).rjust(wide) for name in names)
+              for title, show in COLUMNS]
+    families = rows[names[0]]["exact"]
+    lines += [f"  {family}".ljust(20) + "".join(
+        _rate(rows[name]["exact"][family]).rjust(wide) for name in names) for family in families]
+    return "\n".join([*lines, "rates with 95% intervals; wins and KL against the first column"])
+
+
+def judged(record: dict[str, Any]) -> str:
+    """Say how good a reward model is, beside what a perfect judge of these labels would be."""
+    if not (p := record["preferences"]):
+        return f"{record['id']}: {record['status']}"
+    ceiling = record["config"]["ceiling"]
+    lines = [f"{record['id']}: right on {p['accuracy']:.1%} [{p['low95']:.1%}, {p['high95']:.1%}] "
+             f"of {p['pairs']} held-out pairs of {p['prompts']} prompts"
+             + (f" (a perfect judge: {ceiling:.1%})" if ceiling else "")
+             + f", {p['nats_per_pair']:.4f} nats a pair ({math.log(2):.4f} knows nothing)"]
+    lines += [f"  where it is {b['thought']:.0%} sure it is right on {b['right']:.0%} "
+              f"({b['pairs']} pairs)" for b in p["calibration"]]
+    return "\n".join(lines)
+
+
+def preferred(record: dict[str, Any]) -> str:
+    """Say what preference optimisation did to held-out pairs."""
+    if not (p := record["preferences"]):
+        return f"{record['id']}: {record['status']}"
+    return (f"{record['id']}: {p['nats_per_pair']:.4f} nats a held-out pair ({math.log(2):.4f} at "
+            f"the reference), right on {p['accuracy']:.1%} of {p['pairs']}; log-probability of "
+            f"chosen {p['chosen_moved_nats']:+.2f}, of rejected {p['rejected_moved_nats']:+.2f} "
+            f"nats; base text {record['loss']['bits_per_byte']:.4f} bits a byte")
+
+
+def optimised(record: dict[str, Any]) -> str:
+    """Say what policy optimisation did, from its first rollout to its last."""
+    first, last = record["policy"]["first"], record["policy"]["last"]
+    lines = [f"{record['id']}: {record['status']}" + (f", ended by its guard ({record['ended']})"
+                                                     if record["ended"] else "")]
+    for name, unit in (("reward", ""), ("kl_nats", " nats from the reference"),
+                       ("entropy_nats", " nats a token"), ("ended_share", ""),
+                       ("length_tokens", " tokens")):
+        a, b = (row[f"train/{name}"] for row in (first, last))
+        lines.append(f"  {name.split('_')[0]}: {_or_none(a)} -> {_or_none(b)}{unit}")
+    if record["loss"]:
+        lines.append(f"  base text: {record['loss']['bits_per_byte']:.4f} bits a byte")
+    return "\n".join(lines)
+
+
+def _or_none(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.3f}"
+
+
+def _rate(found: dict[str, float]) -> str:
+    return f"{found['rate']:.1%} [{found['low95']:.0%}, {found['high95']:.0%}]"

@@ -1,0 +1,240 @@
+"""Verbs that learn from preferences and rewards: reward, dpo, ppo, grpo, best-of-n."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import jax.numpy as jnp
+import numpy as np
+from tyro.conf import Positional
+
+from tinylm.config import BadInput, require
+from tinylm.evaluate import pool, suite
+from tinylm.evaluate.rates import best_of_n as expected_best
+from tinylm.look import alignment, progress
+from tinylm.model.decoder import ModelConfig
+from tinylm.stages import dpo as preferring
+from tinylm.stages import policy as policies
+from tinylm.stages import reward as judging
+from tinylm.text import preferences, tasks
+from tinylm.text.preferences import Ranked
+from tinylm.text.tokenizer import Tokenizer
+from tinylm.train import checkpoint
+from tinylm.train.optim import OptimConfig
+from tinylm.train.rollout import Rollout
+from tinylm.verbs import folders, models
+
+
+def reward(parent: Positional[Path], out: Path, data: tuple[Path, ...] = (), sampled: int = 0,
+           family: tuple[str, ...] = ("list",), responses: int = 4, sharpness: float = 4.0,
+           budget: int = 32, heldout: float = 0.1,
+           optim: OptimConfig = OptimConfig(lr=5e-4, decay=1.0),  # noqa: B008
+           steps: int = 0, prompts: int = 16, center: float = 0.0, seed: int = 0,
+           text: Path | None = None, json: bool = False) -> None:
+    """Train a reward model on ranked responses, from a tuned run.
+
+    Args:
+        parent: folder of the run that is given a head
+        out: folder of the new run
+        data: .jsonl files of {"prompt" or "messages", and "chosen", "rejected" or "responses"}
+        sampled: without data: tasks a family to which the parent's own responses are ranked
+        family: of those tasks
+        responses: sampled for each
+        sharpness: a pair is labelled right with p = sigmoid(sharpness x gap of exact rewards)
+        budget: tokens of a sampled response at most
+        heldout: share of the rows, whole prompts, that judge it
+        optim: the optimiser and its schedule
+        steps: optimiser steps; 0: one epoch
+        prompts: prompts a step, each with all its responses
+        center: pull of two responses' scores to 0
+        seed: of the head and the order of the prompts
+        text: the prepared folder of the parent, where it has moved
+        json: print the record on the last line
+    """
+    if bool(data) == bool(sampled):
+        raise BadInput("give either --data with rankings or --sampled with the number of tasks "
+                       "to sample and rank")
+    model, tokens, learnt = models.opened(parent, text)
+    if data:
+        (train, held), ceiling = _ranked(data, heldout, learnt, model.T), 0.0
+    else:
+        require("heldout", heldout, 1e-6, 1 - 1e-6)
+        require("responses", responses, 2, 64)
+        require("sharpness", sharpness, 0, math.inf)
+        chosen = _tasks(family, "train", sampled, seed)
+        drawn = pool.sampled(model, checkpoint.final_params(parent, model), learnt, chosen,
+                             responses, budget, pool.exact, seed)
+        (train, _), (held, ceiling) = (pool.labelled(side, sharpness, seed)
+                                       for side in pool.split(drawn, heldout))
+    steps = steps or max(1, len(train.tokens) // prompts)
+    config = judging.RewardConfig(model, optim, folders.finished(parent)["id"],
+                                  f"{train.id}{held.id}", steps, prompts, center, ceiling, seed)
+    plan = folders.plan_of(out, prompts, model.shape)
+    with progress.bar("reward model", steps) as event:
+        record = judging.reward(out, config, parent, train, held, tokens.tokenizer_id,
+                                tokens.folder.parent, plan, event)
+    progress.answer(record, json, alignment.judged(record))
+    if record["status"] != "ok":
+        raise SystemExit(1)
+
+
+def dpo(parent: Positional[Path], out: Path, data: tuple[Path, ...], heldout: float = 0.1,
+        optim: OptimConfig = OptimConfig(lr=3e-4, decay=1.0),  # noqa: B008
+        steps: int = 0, pairs: int = 32, beta: float = 0.1, smoothing: float = 0.0, seed: int = 0,
+        text: Path | None = None, json: bool = False) -> None:
+    """Tune a run on ranked responses directly, without a reward model.
+
+    Args:
+        parent: folder of the tuned run, which stays the reference
+        out: folder of the new run
+        data: .jsonl files of {"prompt" or "messages", and "chosen", "rejected" or "responses"}
+        heldout: share of the rows, whole prompts, that judge it
+        optim: the optimiser and its schedule
+        steps: optimiser steps; 0: one epoch
+        pairs: pairs a step
+        beta: nats of reward that a nat of log-probability is worth
+        smoothing: share of labels taken to be flipped
+        seed: of the order of the pairs
+        text: the prepared folder of the parent, where it has moved
+        json: print the record on the last line
+    """
+    model, tokens, learnt = models.opened(parent, text)
+    train, held = _ranked(data, heldout, learnt, model.T)
+    steps = steps or max(1, int(train.wins.sum()) // pairs)
+    config = preferring.DpoConfig(model, optim, folders.finished(parent)["id"],
+                                  f"{train.id}{held.id}", steps, pairs, beta, smoothing, seed)
+    plan = folders.plan_of(out, pairs, model.shape)
+    with progress.bar("dpo", steps) as event:
+        record = preferring.dpo(out, config, parent, train, held, tokens, plan, event)
+    progress.answer(record, json, alignment.preferred(record))
+    if record["status"] != "ok":
+        raise SystemExit(1)
+
+
+def ppo(parent: Positional[Path], out: Path, reward: Path | None = None,
+        family: tuple[str, ...] = ("list",), count: int = 2000, text: Path | None = None,
+        json: bool = False,
+        policy: policies.Dials = policies.Dials()) -> None:  # noqa: B008
+    """Optimise a tuned run's policy with a value model (PPO), against a rubric or a reward model.
+
+    Args:
+        parent: folder of the tuned run, which stays the reference
+        out: folder of the new run
+        reward: folder of a reward model; none: the tasks' own exact reward
+        family: of the tasks that are asked
+        count: training tasks a family
+        text: the prepared folder of the parent, where it has moved
+        json: print the record on the last line
+        policy: how responses are sampled, learnt from and guarded
+    """
+    _optimised("ppo", parent, out, reward, family, count, text, json, policy)
+
+
+def grpo(parent: Positional[Path], out: Path, reward: Path | None = None,
+         family: tuple[str, ...] = ("list",), count: int = 2000, text: Path | None = None,
+         json: bool = False,
+         policy: policies.Dials = policies.Dials()) -> None:  # noqa: B008
+    """Optimise a tuned run's policy against the other responses to the same prompt (GRPO).
+
+    Args:
+        parent: folder of the tuned run, which stays the reference
+        out: folder of the new run
+        reward: folder of a reward model; none: the tasks' own exact reward
+        family: of the tasks that are asked
+        count: training tasks a family
+        text: the prepared folder of the parent, where it has moved
+        json: print the record on the last line
+        policy: how responses are sampled, learnt from and guarded
+    """
+    _optimised("grpo", parent, out, reward, family, count, text, json, policy)
+
+
+def best_of_n(target: Positional[Path], reward: Path | None = None,
+              family: tuple[str, ...] = ("list",), count: int = 64, samples: int = 16,
+              n: tuple[int, ...] = (1, 2, 4, 8, 16), budget: int = 32, seed: int = 0,
+              text: Path | None = None, json: bool = False) -> None:
+    """Say what the best of n samples by a reward model would score by the exact reward.
+
+    Args:
+        target: folder of the tuned run that is sampled
+        reward: folder of a reward model; none: the exact reward itself
+        family: of the test tasks that are asked
+        count: test tasks a family
+        samples: drawn for each task; every n is estimated from all of them
+        n: how many the best is chosen from
+        budget: tokens of a response at most
+        seed: of the tasks and the draws
+        text: the prepared folder of the run, where it has moved
+        json: print the table on the last line
+    """
+    for one in n:
+        require("n", one, 1, samples)
+    model, _, learnt = models.opened(target, text)
+    chosen, _ = suite.fitting(model, _tasks(family, "test", count, seed), learnt, budget)
+    judge, _ = _judge(reward, model, chosen, learnt)
+    drawn = pool.sampled(model, checkpoint.final_params(target, model), learnt, chosen, samples,
+                         budget, pool.exact, seed)
+    owner = np.repeat(np.arange(len(chosen)), samples)
+    scores = judge(drawn.rollout, owner).reshape(-1, samples)
+    proxy, gold = jnp.where(drawn.ended > 0, scores, -1e3), jnp.asarray(drawn.gold)
+    rows = [{"n": one, "gold": float(expected_best(proxy, gold, one).mean()),
+             "proxy": float(expected_best(proxy, proxy, one).mean()),
+             "kl_bound_nats": math.log(one) - (one - 1) / one} for one in n]
+    progress.answer({"tasks": len(chosen), "samples": samples, "rows": rows}, json, "\n".join(
+        f"best of {r['n']:3d}: reward {r['gold']:.3f}, by its judge {r['proxy']:+.3f}, at most "
+        f"{r['kl_bound_nats']:.2f} nats from the run" for r in rows))
+
+
+def _optimised(method: Literal["ppo", "grpo"], parent, out, reward, family, count, text, json,
+               given: policies.Dials) -> None:
+    model, tokens, learnt = models.opened(parent, text)
+    chosen = _tasks(family, "train", count, given.seed)
+    chosen, prompts = suite.fitting(model, chosen, learnt, given.budget)
+    judge, name = _judge(reward, model, chosen, learnt)
+    config = policies.PolicyConfig(**{
+        **vars(given), "method": method, "model": model, "judge": name,
+        "parent": folders.finished(parent)["id"], "data_id": policies.prompts_id(prompts)})
+    rows = math.gcd(config.prompts, config.rows // config.minibatches)
+    plan = folders.plan_of(out, rows, model.shape)
+    with progress.bar(method, config.rollouts * config.updates) as event:
+        record = policies.policy(out, config, parent, prompts, judge, tokens, plan, event)
+    progress.answer(record, json, alignment.optimised(record))
+    if record["status"] != "ok":
+        raise SystemExit(1)
+
+
+def _tasks(family: tuple[str, ...], split: tasks.Split, count: int, seed: int) -> list[tasks.Task]:
+    return [t for one in family for t in tasks.draw(one, "plain", split, seed, count)]
+
+
+def _judge(reward: Path | None, model: ModelConfig, chosen: list[tasks.Task], learnt: Tokenizer
+           ) -> tuple[Callable[[Rollout, np.ndarray], np.ndarray], str]:
+    """Give the judge of responses to the chosen tasks, and what names it in a config."""
+    if reward is None:
+        return (lambda rolled, asked: suite.golds([chosen[i] for i in asked], rolled, learnt),
+                f"exact {tasks.tasks_id(chosen)}")
+    record = folders.finished(reward)
+    if record["tokenizer_id"] != learnt.id:
+        raise BadInput(f"{reward} reads tokenizer {record['tokenizer_id']}, the run {learnt.id}; "
+                       "give a reward model of the same lineage")
+    scorer_model, _, _ = models.opened(reward, None)
+    params = checkpoint.final_scorer(reward, scorer_model)
+
+    def scored(rolled: Rollout, asked: np.ndarray) -> np.ndarray:
+        rows = Ranked(rolled.tokens[:, None], rolled.mask[:, None],
+                      np.zeros((len(rolled.tokens), 1, 1), np.float32))
+        return judging.scored(scorer_model, params, rows)[:, 0]
+
+    return scored, record["id"]
+
+
+def _ranked(data: tuple[Path, ...], heldout: float, learnt: Tokenizer,
+            T: int) -> tuple[Ranked, Ranked]:
+    read = [one for path in data for one in preferences.read_jsonl(path)]
+    (train, lost), (held, more) = (preferences.ranked(side, learnt, T)
+                                   for side in preferences.split(read, heldout))
+    if lost + more:
+        progress.say(f"{lost + more} of {len(read)} prompts left out: fewer than two responses fit "
+                     f"T={T} tokens")
+    return train, held
