@@ -2,7 +2,7 @@
 
 question   How well does a law fitted to small runs forecast a larger one, on this text?
 command    python experiments/study.py --preset laptop --out studies/laptop
-cost       laptop: 21 to 55 minutes on two cores (both measured on shared machines)
+cost       laptop: 24 minutes on two quiet cores, 55 where a core does 41 instead of 107 GFLOP/s
 expected   the held-out loss within 3% of the forecast
 result     +0.57%, +0.85%, +1.10%, -0.40%, -0.42%, +0.32%: experiments/results/forecasts.csv
 """
