@@ -77,3 +77,16 @@ def test_our_shapes_match_the_peers_parameters_and_flops_within_two_percent(monk
     for name in ("s", "m", "l", "xl"):
         for ratio in peers.compared(bench.shape(name)[0]).values():
             assert abs(ratio - 1) < 0.02, name
+
+
+def test_a_grid_s_time_is_starts_and_tokens_at_the_rate_of_each_width(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    with mock.patch.object(machine, "pin"):
+        import peers_grid
+    runs = [{"tokens": 1000.0, "config": {"model": {"D": d}}} for d in (10, 20, 40)]
+    told = [{"D": d, "tokens": 0, "start_seconds": s, "tokens_per_second": rate}
+            for d, s, rate in ((10, 4.0, 400.0), (40, 6.0, 100.0))]
+    found = peers_grid.scaled(runs, told, ours=10.0)
+    assert found["theirs_start_seconds"] == pytest.approx(15.0)
+    assert found["theirs_seconds"] == pytest.approx(15.0 + 2.5 + 5.0 + 10.0)
+    assert found["ratio"] == pytest.approx(3.25)

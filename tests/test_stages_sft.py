@@ -4,12 +4,15 @@ import numpy as np
 import pytest
 from test_stages_pretrain import PLAN, config, data  # noqa: F401  (fixtures)
 
+from tinylm import files
 from tinylm.config import BadInput
 from tinylm.stages.pretrain import pretrain
 from tinylm.stages.sft import SftConfig, answers_nll, conversations_id, sft
 from tinylm.text import prepare
 from tinylm.text.chat import pack, render
 from tinylm.train import checkpoint
+
+PROBE = "heldout/answers_nats_per_token"
 
 
 @pytest.fixture(scope="session")
@@ -30,13 +33,16 @@ def packed(data, config):  # noqa: F811
 def test_tuning_lowers_the_loss_on_held_out_answers(
         tmp_path, parent, packed, data, config):  # noqa: F811
     wanted = SftConfig(config.model, parent="p", data_id=conversations_id(*packed), steps=40,
-                       rows=4)
+                       rows=4, probe_every=16)
     record = sft(tmp_path / "chat", wanted, parent, *packed, data, PLAN)
     answers = record["answers_nats_per_token"]
     assert answers["after"] < 0.5 * answers["before"]
     tuned = checkpoint.final_params(tmp_path / "chat", config.model)
     np.testing.assert_allclose(answers_nll(config.model, tuned, packed[1]), answers["after"],
                                rtol=1e-6)
+    rows = files.read_lines(tmp_path / "chat/metrics.jsonl")
+    seen = [row[PROBE] for row in rows if PROBE in row]
+    assert [row["step"] for row in rows if PROBE in row] == [16, 32] and seen[1] < seen[0]
     assert sft(tmp_path / "chat", wanted, parent, *packed, data, PLAN) == record
 
 

@@ -212,8 +212,9 @@ class Trainer:
     A population's plan wants [n, P, rows, T + 1].
     """
 
-    def __init__(self, config: ModelConfig, plan: machine.Plan, batches: np.ndarray):
-        settings, self.tokens = optim.OptimConfig(), batches[0, ..., 1:].size
+    def __init__(self, config: ModelConfig, plan: machine.Plan, batches: np.ndarray,
+                 settings: optim.OptimConfig = optim.OptimConfig()):  # noqa: B008
+        self.tokens = batches[0, ..., 1:].size
         tx, mesh = optim.optimiser(settings, config), machine.mesh(plan.devices)
         one = step.make_step(losses.next_token(config, settings.z_loss, plan), tx, mesh, plan.micro)
         state = step.start(init(config, jax.random.key(0)), tx, optim.hyper(settings, 10**6))

@@ -1,5 +1,6 @@
 """Direct preference optimisation: the policy from ranked responses, without a reward model."""
 
+import functools
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,12 +117,16 @@ def against(model: ModelConfig, params: Params, ranked: Ranked) -> Pairs:
 
 def said(model: ModelConfig, params: Params, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Give the log-probability of each response of each pair, nats, [pairs, 2]."""
-    logp = jax.jit(lambda t, m: losses.response_logp(model, params, t, m))
     short = -len(tokens) % AT_ONCE
     rows = [np.concatenate([of, np.repeat(of[-1:], short, axis=0)]) for of in (tokens, mask)]
-    parts = [np.asarray(logp(*(of[at: at + AT_ONCE] for of in rows)))
+    parts = [np.asarray(_said(model, params, *(of[at: at + AT_ONCE] for of in rows)))
              for at in range(0, len(rows[0]), AT_ONCE)]
     return np.concatenate(parts)[: len(tokens)]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _said(model: ModelConfig, params: Params, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+    return losses.response_logp(model, params, tokens, mask)
 
 
 def judge(model: ModelConfig, params: Params, pairs: Pairs, config: DpoConfig) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Bradley-Terry over all pairs of a prompt at once, the score read at the response
 (InstructGPT, 2203.02155); one epoch unless told otherwise, since it overfits on the second.
 """
 
+import functools
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -139,9 +140,13 @@ def calibration(apart: np.ndarray) -> list[dict[str, float]]:
 
 def scored(model: ModelConfig, params: Params, ranked: Ranked) -> np.ndarray:
     """Give every response's score, [prompts, R]."""
-    score = jax.jit(lambda part: losses.response_scores(model, params, part))
     short = -len(ranked.tokens) % AT_ONCE
     rows = Ranked(*(np.concatenate([of, np.repeat(of[-1:], short, axis=0)]) for of in ranked))
-    parts = [np.asarray(score(Ranked(*(of[at: at + AT_ONCE] for of in rows))))
+    parts = [np.asarray(_scored(model, params, Ranked(*(of[at: at + AT_ONCE] for of in rows))))
              for at in range(0, len(rows.tokens), AT_ONCE)]
     return np.concatenate(parts)[: len(ranked.tokens)]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _scored(model: ModelConfig, params: Params, part: Ranked) -> jax.Array:
+    return losses.response_scores(model, params, part)

@@ -1,5 +1,6 @@
 """Instruction tuning: the same step, on conversations, with the loss on what the assistant says."""
 
+import functools
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,8 @@ from tinylm.train.optim import OptimConfig
 
 HELD = 2000
 """rows of held-out conversations to pack, about"""
+PROBED = 128
+"""of these that are looked at while training"""
 CHARACTERS = 6
 """a token at most, on average"""
 
@@ -46,11 +49,14 @@ class SftConfig:
     """share of the rows that are base text, so that it is not forgotten"""
     seed: int = 0
     """of the order of the rows"""
+    probe_every: int = 100
+    """steps between two looks at held-out answers, in metrics.jsonl; 0: none"""
 
     def __post_init__(self):
         require("steps", self.steps, 1, 1e9)
         require("rows", self.rows, 1, 1e6)
         require("replay", self.replay, 0, 1)
+        require("probe_every", self.probe_every, 0, 1e9)
         require("seed", self.seed, 0, 2**32 - 1)
 
     @property
@@ -105,12 +111,15 @@ def sft(
             return batch.Batch(*(np.concatenate(both) for both in zip(talks, text, strict=True)))
 
         tokens = config.steps * config.rows * model.T
+        some = Packed(*(of[:PROBED] for of in held[:3]), 0)
         with loop.Clock(folder) as clock:
             with clock.doing("evaluate"):
                 answers = {"before": answers_nll(model, before, held)}
             state, (finite,) = loop.train(
                 folder, [loop.Member(folder / "metrics.jsonl", config.steps, event)], state, chunk,
-                batch_at, config.rows * model.T, plan, mesh, clock)
+                batch_at, config.rows * model.T, plan, mesh, clock, probe=lambda now: {
+                    "heldout/answers_nats_per_token": answers_nll(model, now.params, some)},
+                probe_every=config.probe_every)
             with clock.doing("evaluate"):
                 scored = heldout(model, state.params, data)._asdict() if finite else None
                 answers["after"] = answers_nll(model, state.params, held)
@@ -173,11 +182,15 @@ def joined(parts: list[Packed], seed: int) -> Packed:
 
 def answers_nll(model: ModelConfig, params: Params, held: Packed) -> float:
     """Give the held-out loss on supervised tokens, nats a token."""
-    score = jax.jit(losses.next_token(model))
     total, weight = 0.0, 0.0
     for row in range(0, len(held.tokens), 16):
         here = slice(row, row + 16)
         part = batch.Batch(held.tokens[here], held.mask[here], held.segments[here])
-        _, sums = score(params, part)
+        sums = _scored(model, params, part)
         total, weight = total + float(sums["nats_per_token"]), weight + float(sums["weight"])
     return total / max(weight, 1.0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _scored(model: ModelConfig, params: Params, part: batch.Batch) -> losses.Sums:
+    return losses.next_token(model)(params, part)[1]

@@ -49,12 +49,15 @@ def train(
     clock: "Clock",
     kept: tuple[int, ...] = (),
     over: Callable[[], bool] = lambda: False,
+    probe: Callable[[State], dict[str, float]] | None = None,
+    probe_every: int = 0,
 ) -> tuple[State, list[bool]]:
     """Run to the members' ends from the newest checkpoint or `state`; say whose loss is finite.
 
     A population's state, batches and metrics have a leading axis of members, padding at its end.
     The checkpoints of the `kept` steps stay, for runs that branch off there. Where `over` says so
-    the run ends before its last step.
+    the run ends before its last step. What `probe` measures of the state, about every `probe_every`
+    steps, is a row of the first member's log.
     Metrics rows, checkpoints and parameters are the same however often the run was killed.
     Raises Stopped after a signal, once the state is saved.
     """
@@ -107,6 +110,11 @@ def train(
             settle()
             pending, done = (done, n, metrics), done + n
             clock.last_step = done
+            if probe and probe_every and done // probe_every > (done - n) // probe_every:
+                settle()
+                with clock.doing("evaluate"):
+                    row = {"step": done, "tokens": done * tokens_a_step, **probe(state)}
+                sizes[0] = files.append_lines(members[0].log, [json.dumps(row)])
             if stop() and left() > 0:
                 settle()
                 save()
