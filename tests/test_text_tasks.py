@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from tinylm.config import BadInput
-from tinylm.text import chat, tasks, tokenizer
+from tinylm.text import chat, rubric, tasks, tokenizer
 
 EVERY = [(family, rule) for family in tasks.FAMILIES for rule in tasks.RULES]
 LIST = tasks.draw("list", "plain", "test", 0, 200)
@@ -130,7 +130,7 @@ def test_rules_are_seen_apart_from_the_answer():
         assert tasks.obeyed(task, lost) is None and tasks.reward(task, lost) == 0
 
 
-GOLDEN = "1dd51a8cffe6c462"
+GOLDEN = "0ceffa175a71cd90"
 
 
 def test_a_set_is_the_same_in_every_process_whatever_the_hash_seed():
@@ -153,3 +153,20 @@ def test_tasks_render_to_prompts_and_to_supervised_conversations(drawn):
         assert whole[:len(ids)].tolist() == ids.tolist()
         said = learnt.decode(whole[len(ids):], control=True)
         assert said == f"{task.answer}<|end|>" and mask[len(ids):].all()
+
+
+@pytest.mark.parametrize(("text", "ended", "score"), [
+    ("The dog is near the boat.", True, 3.0), ("The red dog is near the boat.", True, 3.5),
+    ("The red dog is near the old boat.", True, 4.0),
+    ("The red kind dog is near the old boat.", True, 3.5), ("The dog is near the boat", True, 2.0),
+    ("The dog is near the boat.", False, 2.0), ("The cat is near the boat.", True, 2.0),
+    ("The dog is near the boat. The boat.", True, 1.5), ("", True, 0.0)])
+def test_the_rubric_pays_for_words_form_and_two_adjectives(text, ended, score):
+    task = tasks.Task("sentence", "plain", "", (("user", ""),), "", ("dog", "boat"))
+    assert rubric.gold(task, text, ended) == pytest.approx(score)
+
+
+def test_sentences_for_tuning_have_none_to_two_adjectives_and_full_marks_for_the_rest(drawn):
+    some = [t for t in drawn["train"] if t.family == "sentence" and t.rule == "plain"]
+    scores = {rubric.gold(t, t.answer, True) for t in some}
+    assert scores == {3.0, 3.5, 4.0}

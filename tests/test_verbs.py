@@ -165,6 +165,15 @@ def test_another_config_in_the_folder_of_a_run_is_refused_with_the_difference(tr
     assert "config.seed=0, this is config.seed=5" in done.stderr
 
 
+def test_verify_gives_the_hashes_of_what_runs_came_to(trained, tuned):
+    folder, _, record = trained
+    found = last(tinylm("verify", folder, "--json"))["runs"]
+    base, chat = (found[str(folder / name)] for name in ("run", "chat"))
+    assert base["metrics_sha256"] == record["files"]["metrics.jsonl"]
+    assert len(base["params_sha256"]) == 64 and base["params_sha256"] != chat["params_sha256"]
+    assert last(tinylm("verify", folder / "run", "--json"))["runs"] == {str(folder / "run"): base}
+
+
 def test_verify_names_a_flipped_bit_and_an_edited_record(trained, tuned):
     folder, _, _ = trained
     assert last(tinylm("verify", folder, "--json"))["bad"] == []

@@ -162,6 +162,9 @@ GLOSSARY = {
 GOOD = ("happy kind brave clever lovely friendly", "won smiled laughed sang helped danced")
 BAD = ("sad cruel rude lazy awful angry", "lost cried failed fell lied broke")
 FACTS = ("name", "password", "team", "home")
+ADJECTIVES = ("red", "blue", "green", "big", "small", "old", "new", "kind", "cold", "warm", "dark",
+              "bright", "soft", "little", "long")
+DRESSED = (0, 0, 0, 1, 1, 2)  # adjectives in a sentence given for tuning: three are never seen
 SENTENCES = ("The {0} is near the {1}.", "I can see the {0} and the {1}.",
              "We put the {0} by the {1}.")
 
@@ -254,10 +257,17 @@ def _exercise(family: str, split: Split, rng: random.Random) -> tuple[str, tuple
         case "unknown":
             return "what", (_invented(split, rng),), UNKNOWN
         case "sentence":
-            return "sentence", tuple(some[:2]), _pick(SENTENCES, rng).format(*some)
+            return "sentence", tuple(some[:2]), _pick(SENTENCES, rng).format(*_dressed(some, rng))
     good = _pick((True, False), rng)
     how, did = (_pick(words.split(), rng) for words in (GOOD if good else BAD))
     return "choice", (f"the {how} {word} {did}",), "good" if good else "bad"
+
+
+def _dressed(nouns: Sequence[str], rng: random.Random) -> list[str]:
+    """Put adjectives before none, one or both of two nouns."""
+    styles = _sample(ADJECTIVES, _pick(DRESSED, rng), rng)
+    return [f"{style} {noun}" if style else noun
+            for style, noun in zip([*styles, "", ""], nouns[:2], strict=False)]
 
 
 def _recall(split: Split, rng: random.Random) -> tuple[list[tuple[str, str]], str]:

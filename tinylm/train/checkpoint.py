@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import hashlib
 import os
 import re
 import shutil
@@ -69,6 +70,20 @@ def restore_params(place: Path, like: Params) -> Params:
     """Load a checkpoint's parameters alone."""
     files.verified(place)
     return _read(place / "params", like)
+
+
+def params_sha256(folder: Path) -> str:
+    """Hash the newest checkpoint's parameters by name, type, shape and bytes (64 hex digits)."""
+    place = steps(folder)[-1].absolute()
+    files.verified(place)
+    with ocp.StandardCheckpointer() as reader:
+        tree = reader.restore(place / "params")
+    total = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        array = np.ascontiguousarray(leaf)
+        total.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\0".encode())
+        total.update(array.tobytes())
+    return total.hexdigest()
 
 
 def final_params(folder: Path, model: ModelConfig) -> Params:

@@ -73,7 +73,7 @@ def verify(path: Positional[Path], json: bool = False) -> None:
 
     Args:
         path: a run, a sweep, a prepared folder or a whole study
-        json: print what was found on the last line
+        json: print what was found, and the hashes of every sound run, on the last line
     """
     sealed = sorted(p.parent for p in path.rglob(files.MANIFEST))
     notes = sorted(p for name in NOTES for p in path.rglob(name))
@@ -92,8 +92,22 @@ def verify(path: Positional[Path], json: bool = False) -> None:
         bad += [f"{note.parent / name} has other bytes than its record says"
                 for name, sha in found.get("files", {}).items()
                 if not (note.parent / name).exists() or files.sha256(note.parent / name) != sha]
-    progress.answer({"checked": len(sealed) + len(notes), "bad": bad}, json,
+    runs = {str(p.parent): _hashes(p.parent) for p in notes if json and p.name == "record.json"
+            and not bad}
+    progress.answer({"checked": len(sealed) + len(notes), "bad": bad, "runs": runs}, json,
                     "\n".join(bad)
                     or f"{len(sealed)} sealed folders and {len(notes)} notes are sound")
     if bad:
         raise SystemExit(1)
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    """Hash what a run came to: its final parameters, where it kept them, and its metrics log."""
+    from tinylm.train import checkpoint  # JAX takes seconds to import
+
+    found, saves = {}, folder / "checkpoints"
+    if checkpoint.steps(saves):
+        found["params_sha256"] = checkpoint.params_sha256(saves)
+    if (folder / "metrics.jsonl").exists():
+        found["metrics_sha256"] = files.sha256(folder / "metrics.jsonl")
+    return found
