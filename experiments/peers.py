@@ -83,12 +83,15 @@ def main(args: Args) -> int:
     if not (args.nanogpt / "model.py").exists():
         raise BadInput(f"{args.nanogpt} holds no model.py; give a checkout of nanoGPT")
     record: dict[str, Any] = {"schema": 1, "versions": machine.versions(), "shapes": {}}
+    place = args.results and args.results / "peers.json"
+    old = files.read_json(place) if place and place.exists() else record
+    if old["versions"] == record["versions"]:  # shapes measured before stay
+        record = old
     for name in args.shapes:
         record["shapes"][name] = measured(args, name)
         progress.say(told(name, record["shapes"][name]))
-    record["environment"] = machine.environment()
-    if args.results:
-        files.write_json(args.results / "peers.json", record)
+        if place:
+            files.write_json(place, {**record, "environment": machine.environment()})
     return 0
 
 

@@ -33,7 +33,7 @@ def test_the_experiment_runs_at_toy_size_and_writes_its_table(tmp_path, name):
     done = experiment(name, "--out", tmp_path / "runs", "--corpus", text, *TOYS[name], place)
     assert done.returncode == 0, done.stderr
     rows = list(csv.DictReader((tmp_path / f"{name}.csv").read_text().splitlines()))
-    assert len({row["id"] for row in rows}) == len(rows) == ROWS[name]
+    assert len({(row.get("way"), row["id"]) for row in rows}) == len(rows) == ROWS[name]
     if name == "lr_by_width":
         assert files.read_json(tmp_path / "lr_by_width.json")["factor_smallest_to_largest"] >= 1
     if name == "rate_rule":

@@ -145,10 +145,11 @@ class Experience(NamedTuple):
 
 def policy(folder: Path, config: PolicyConfig, parent: Path, prompts: Sequence[np.ndarray],
            judge: Judge, data: Dataset, plan: machine.Plan,
-           event: loop.Event | None = None) -> dict[str, Any]:
+           event: loop.Event | None = None, watch: Judge | None = None) -> dict[str, Any]:
     """Tune the parent's final checkpoint against a judge and return the record.
 
     `prompts` are ids that end with <|assistant|>; the config's data_id is theirs (`prompts_id`).
+    `watch` scores the rollouts too, by a rubric that the policy does not learn from (train/gold).
     The record's `policy` holds the first and the last rollout's means; `ended` the guard that
     stopped it, if one did.
     """
@@ -173,7 +174,8 @@ def policy(folder: Path, config: PolicyConfig, parent: Path, prompts: Sequence[n
             return batch.order(len(prompts), config.seed, t // config.updates, config.prompts)
 
         with loop.Clock(folder) as clock:
-            chunk = functools.partial(turn, config, ref, prompts, judge, update, mesh, clock, guard)
+            chunk = functools.partial(turn, config, ref, prompts, judge, watch, update, mesh, clock,
+                                      guard)
             state, (finite,) = loop.train(
                 folder, [loop.Member(metrics, steps, event)], state, chunk, batch_at,
                 config.rows * config.budget // config.updates, plan, mesh, clock,
@@ -244,8 +246,9 @@ def policy_loss(config: PolicyConfig, plan: machine.Plan) -> losses.Loss:
 
 
 def turn(config: PolicyConfig, ref: Params, prompts: Sequence[np.ndarray], judge: Judge,
-         update: step.Step, mesh: jax.sharding.Mesh, clock: loop.Clock, guard: Path,
-         state: step.State, batches: Array, n: int) -> tuple[step.State, step.Metrics]:
+         watch: Judge | None, update: step.Step, mesh: jax.sharding.Mesh, clock: loop.Clock,
+         guard: Path, state: step.State, batches: Array, n: int
+         ) -> tuple[step.State, step.Metrics]:
     """Sample, judge and learn once: what loop.train calls a chunk, of `updates` steps."""
     number = int(state.step) // config.updates
     asked = np.repeat(np.asarray(batches)[0], config.responses)
@@ -259,6 +262,8 @@ def turn(config: PolicyConfig, ref: Params, prompts: Sequence[np.ndarray], judge
     found = measured(config.model, spoken(state.params), ref, rolled, config.temperature, place,
                      at_once)
     told = summary(rolled, scores, found)
+    if watch:
+        told["gold"] = float(watch(rolled, asked).mean())
     if reason := tripped(config, told):
         files.write_json(guard, {"reason": f"rollout {number}: {reason}"})
         still = {**told, "policy_loss": 0.0}
