@@ -29,6 +29,13 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     return "\n".join([*lines, "rates with 95% intervals; wins and KL against the first column"])
 
 
+def paradigms(found: dict[str, Any]) -> str:
+    """Lay out how often the good sentence of a minimal pair won."""
+    lines = [f"{name:>44} {_rate(row)}" for name, row in found["paradigms"].items()]
+    return "\n".join([*lines, f"mean over {len(lines)} paradigms {found['mean']:.1%}, of all pairs "
+                      f"{_rate(found['all'])} (chance 50%); {found['too_long']} pairs too long"])
+
+
 def judged(record: dict[str, Any]) -> str:
     """Say how good a reward model is, beside what a perfect judge of these labels would be."""
     if not (p := record["preferences"]):

@@ -7,7 +7,7 @@ from tyro.conf import Positional
 
 from tinylm import files, machine
 from tinylm.config import BadInput
-from tinylm.evaluate import heldout, suite
+from tinylm.evaluate import heldout, minimal_pairs, suite
 from tinylm.laws import forecast as forecasts
 from tinylm.look import alignment, progress
 from tinylm.model.decoder import ModelConfig
@@ -171,6 +171,7 @@ def sft(parent: Positional[Path], out: Path, data: tuple[Path, ...] = (),
 
 
 def evaluate(target: Positional[Path], also: tuple[Path, ...] = (), tasks: int = 0,
+             pairs: tuple[Path, ...] = (),
              split: Literal["test", "reworded"] = "test", budget: int = 32, seed: int = 0,
              text: Path | None = None, json: bool = False) -> None:
     """Measure the held-out loss of a finished run, or put runs of one lineage into one table.
@@ -179,6 +180,7 @@ def evaluate(target: Positional[Path], also: tuple[Path, ...] = (), tasks: int =
         target: folder of the run; in a table what KL and wins of the others are against
         also: folders of the runs to put beside it
         tasks: instruction tasks a family to ask every run; 0: the held-out loss alone
+        pairs: .jsonl files, or a .zip of them, of minimal pairs (BLiMP) to judge the run by
         split: test: words unseen in training; reworded: phrases unseen too
         budget: tokens of an answer at most
         seed: of the tasks and the draws
@@ -188,7 +190,12 @@ def evaluate(target: Positional[Path], also: tuple[Path, ...] = (), tasks: int =
     if also and not tasks:
         raise BadInput(f"--also {also[0]} is for the table; say how many --tasks a family to ask")
     config, tokens, learnt = models.opened(target, text)
+    read = {k: v for path in pairs for k, v in minimal_pairs.read(path).items()}
     ref = checkpoint.final_params(target, config)
+    if pairs:
+        judged = minimal_pairs.scored(config, ref, learnt, read)
+        progress.answer(judged, json, alignment.paradigms(judged))
+        return
     found = heldout.heldout(config, ref, tokens)
     if not tasks:
         progress.answer({**found._asdict(), "eval_id": heldout.eval_id(tokens, config.T)}, json,
