@@ -96,7 +96,8 @@ def main(args: Args) -> int:
         progress.say(f"{row['pairs']} pairs: best gold forecast {row['gold_peak']:.3f} above the "
                      f"tuned model's mean, measured {row['measured_peak']:.3f}")
     if args.results:
-        head = ("params", "pairs", "seed", "accuracy", "ceiling", "n", "kl_nats", "gold", "proxy")
+        head = ("params", "pairs", "seed", "accuracy", "ceiling", "n", "kl_nats", "gold", "proxy",
+                "falls", "falls_low95")
         write_table(args.results / "overoptimisation.csv", head, table)
         files.write_json(args.results / "overoptimisation.json", summary)
     return 0
@@ -129,10 +130,23 @@ def measured(args: Args, place: Path, pairs: int, seed: int, rankings: pool.Pool
     told = scored(model, checkpoint.final_scorer(folder, model), flat)[:, 0]
     proxy = jnp.where(many.ended > 0, told.reshape(many.gold.shape), -1e3)
     gold, shown = jnp.asarray(many.gold), jnp.where(many.ended > 0, proxy, proxy.min())
+    ns = [n for n in NS if n <= args.samples]
+    golds = np.stack([np.asarray(best_of_n(proxy, gold, n)) for n in ns]) - many.gold.mean()
+    drop, low = falls(golds)
     return [(size(place), pairs, seed, record["preferences"]["accuracy"], ceiling, n,
-             math.log(n) - (n - 1) / n,
-             float(best_of_n(proxy, gold, n).mean()) - float(many.gold.mean()),
-             float(best_of_n(proxy, shown, n).mean())) for n in NS if n <= args.samples]
+             math.log(n) - (n - 1) / n, float(curve.mean()),
+             float(best_of_n(proxy, shown, n).mean()), drop, low)
+            for n, curve in zip(ns, golds, strict=True)]
+
+
+def falls(golds: np.ndarray) -> tuple[float, float]:
+    """Give how far gold [n, prompts] falls from its best n to the last, and the 95% lower bound.
+
+    Over-optimised is what falls by more than its bound explains: low above 0.
+    """
+    apart = golds[golds.mean(1).argmax()] - golds[-1]
+    return float(apart.mean()), float(apart.mean() - 1.96 * apart.std(ddof=1)
+                                      / math.sqrt(golds.shape[1]))
 
 
 def fitted(table: list[tuple]) -> list[dict[str, Any]]:

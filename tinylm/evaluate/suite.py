@@ -5,6 +5,7 @@ comes with its 95% interval. Answers are the likeliest tokens; KL and entropy ar
 temperature 1, the KL exact over the whole vocabulary at every token.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tinylm import machine
 from tinylm.config import BadInput, require
 from tinylm.evaluate.rates import share, win_rate
 from tinylm.model.decoder import ModelConfig, Params
@@ -20,6 +22,7 @@ from tinylm.text import tasks
 from tinylm.text.chat import render
 from tinylm.text.tasks import Task
 from tinylm.text.tokenizer import Tokenizer
+from tinylm.train import step
 from tinylm.train.rollout import Rollout, measured, padded, rollout
 
 AT_ONCE = 128
@@ -74,13 +77,16 @@ def fitting(model: ModelConfig, chosen: Sequence[Task], tokenizer: Tokenizer,
 
 def answered(model: ModelConfig, params: Params, prompts: Sequence[np.ndarray], budget: int,
              seed: int = 0, temperature: float = 0.0) -> list[Rollout]:
-    """Answer prompts, AT_ONCE at a time (the last repeated), all padded to one width."""
-    width = padded(prompts)
-    full = [*prompts, *[prompts[-1]] * (-len(prompts) % min(AT_ONCE, len(prompts)))]
-    out = []
-    for n, at in enumerate(range(0, len(full), AT_ONCE)):
+    """Answer prompts, AT_ONCE at a time (the last repeated), over all devices, at one width."""
+    width, devices = padded(prompts), math.gcd(jax.device_count(), AT_ONCE)
+    at_once = min(AT_ONCE, -(-len(prompts) // devices) * devices)
+    full = [*prompts, *[prompts[-1]] * (-len(prompts) % at_once)]
+    mesh, out = machine.mesh(devices), []
+    params, place = step.replicate(mesh, params), step.by_row(mesh)
+    for n, at in enumerate(range(0, len(full), at_once)):
         key = jax.random.fold_in(jax.random.key(seed), n)
-        out.append(rollout(model, params, full[at: at + AT_ONCE], width, budget, key, temperature))
+        out.append(rollout(model, params, full[at: at + at_once], width, budget, key, temperature,
+                           place))
     return out
 
 

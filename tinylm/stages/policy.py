@@ -16,7 +16,6 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from tinylm import files, machine
@@ -151,7 +150,8 @@ def policy(folder: Path, config: PolicyConfig, parent: Path, prompts: Sequence[n
     `prompts` are ids that end with <|assistant|>; the config's data_id is theirs (`prompts_id`).
     `watch` scores the rollouts too, by a rubric that the policy does not learn from (train/gold).
     The record's `policy` holds the first and the last rollout's means; `ended` the guard that
-    stopped it, if one did.
+    stopped it, if one did; its tokens are those of the rows, padding included, and its FLOPs those
+    of the policy's learning alone.
     """
     folder = Path(folder)
     with files.lease(folder):
@@ -184,7 +184,8 @@ def policy(folder: Path, config: PolicyConfig, parent: Path, prompts: Sequence[n
                 scored = heldout(model, spoken(state.params), data)._asdict() if finite else None
         rows = files.read_lines(metrics)
         ended = files.read_json(guard)["reason"] if guard.exists() else ""
-        tokens = rows[-1]["step"] // config.updates * config.rows * config.budget
+        wide = padded(prompts) + config.budget - 1
+        tokens = rows[-1]["step"] // config.updates * config.rows * wide
         return run.finish(
             folder, config, config.method, "ok" if finite else "diverged", ended=ended,
             parent={"id": config.parent, "step": "final"}, data_id=config.data_id,
@@ -253,7 +254,7 @@ def turn(config: PolicyConfig, ref: Params, prompts: Sequence[np.ndarray], judge
     number = int(state.step) // config.updates
     asked = np.repeat(np.asarray(batches)[0], config.responses)
     key = jax.random.fold_in(jax.random.key(config.seed), number)
-    place = functools.partial(jax.device_put, device=NamedSharding(mesh, PartitionSpec("data")))
+    place = step.by_row(mesh)
     at_once = max(1, AT_ONCE // mesh.size) * mesh.size
     with clock.doing("sample"):
         rolled = rollout(config.model, spoken(state.params), [prompts[i] for i in asked],

@@ -1,5 +1,6 @@
 """One pure step for every stage: micro-batched, data-parallel, accumulation weighted by tokens."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -108,6 +109,11 @@ def place(mesh: jax.sharding.Mesh, batches: Any, rows: int = 1) -> Any:
     sharding = NamedSharding(mesh, PartitionSpec(*[None] * rows, "data"))
     return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, np.asarray(a)),
                         batches)
+
+
+def by_row(mesh: jax.sharding.Mesh) -> Callable[[Any], jax.Array]:
+    """Give what puts an array on the mesh, its first axis over the data axis."""
+    return functools.partial(jax.device_put, device=NamedSharding(mesh, PartitionSpec("data")))
 
 
 def replicate(mesh: jax.sharding.Mesh, state: Any) -> Any:
