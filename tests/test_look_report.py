@@ -201,6 +201,19 @@ def test_the_laws_are_compared_and_how_far_to_believe_them_is_shown(page):
     assert f"{intervals.shipped()['coverage']:.0%} held on average" in page
 
 
+def test_the_table_of_stages_is_shown_where_a_study_made_one(study):
+    assert "made no table of instruction tasks" in report.write(study).read_text()
+    share = {"rate": 0.5, "low95": 0.4, "high95": 0.6}
+    rates = ("micro", "stops", "leaks", "truncated", "repeats", "obeyed", "rules_and_answers",
+             "wins")
+    row = {"exact": {"copy": share}, "macro": 0.25, "bits_per_byte": 1.5, "kl_nats": 2.0,
+           "entropy_nats": 3.0, "length_tokens": 4.0, **dict.fromkeys(rates, share)}
+    files.write_json(study / "alignment.json", {"runs": {"a/chat": row, "a/policy": row}})
+    page = report.write(study).read_text()
+    assert "<th>chat</th><th>policy</th>" in page
+    assert "<td>exact: copy</td><td>50.0% [40%, 60%]</td>" in page and "<td>25.0%</td>" in page
+
+
 def test_a_law_with_a_floor_above_a_table_never_crosses_it(study):
     change(study / "law.json", frontier_floor={"E": 4.0, "A": 5.0, "gamma": 0.1})
     assert re.search(r"<td>4-gram</td>.*?<td>not crossed</td>", report.write(study).read_text())

@@ -4,13 +4,13 @@ import math
 from typing import Any
 
 COLUMNS = (("exact (macro)", lambda r: f"{r['macro']:.1%}"),
-           ("exact", lambda r: _rate(r["micro"])), ("stops", lambda r: _rate(r["stops"])),
-           ("leaks a role", lambda r: _rate(r["leaks"])),
-           ("truncated", lambda r: _rate(r["truncated"])),
-           ("repeats", lambda r: _rate(r["repeats"])),
-           ("obeys the system", lambda r: _rate(r["obeyed"])),
-           ("obeys and is right", lambda r: _rate(r["rules_and_answers"])),
-           ("wins", lambda r: _rate(r["wins"])),
+           ("exact", lambda r: rate(r["micro"])), ("stops", lambda r: rate(r["stops"])),
+           ("leaks a role", lambda r: rate(r["leaks"])),
+           ("truncated", lambda r: rate(r["truncated"])),
+           ("repeats", lambda r: rate(r["repeats"])),
+           ("obeys the system", lambda r: rate(r["obeyed"])),
+           ("obeys and is right", lambda r: rate(r["rules_and_answers"])),
+           ("wins", lambda r: rate(r["wins"])),
            ("bits a byte", lambda r: f"{r['bits_per_byte']:.4f}"),
            ("KL, nats", lambda r: f"{r['kl_nats']:.3f}"),
            ("entropy, nats", lambda r: f"{r['entropy_nats']:.3f}"),
@@ -25,15 +25,15 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
               for title, show in COLUMNS]
     families = rows[names[0]]["exact"]
     lines += [f"  {family}".ljust(20) + "".join(
-        _rate(rows[name]["exact"][family]).rjust(wide) for name in names) for family in families]
+        rate(rows[name]["exact"][family]).rjust(wide) for name in names) for family in families]
     return "\n".join([*lines, "rates with 95% intervals; wins and KL against the first column"])
 
 
 def paradigms(found: dict[str, Any]) -> str:
     """Lay out how often the good sentence of a minimal pair won."""
-    lines = [f"{name:>44} {_rate(row)}" for name, row in found["paradigms"].items()]
+    lines = [f"{name:>44} {rate(row)}" for name, row in found["paradigms"].items()]
     return "\n".join([*lines, f"mean over {len(lines)} paradigms {found['mean']:.1%}, of all pairs "
-                      f"{_rate(found['all'])} (chance 50%); {found['too_long']} pairs too long"])
+                      f"{rate(found['all'])} (chance 50%); {found['too_long']} pairs too long"])
 
 
 def judged(record: dict[str, Any]) -> str:
@@ -79,5 +79,6 @@ def _or_none(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.3f}"
 
 
-def _rate(found: dict[str, float]) -> str:
+def rate(found: dict[str, float]) -> str:
+    """Write a share with its 95% interval."""
     return f"{found['rate']:.1%} [{found['low95']:.0%}, {found['high95']:.0%}]"

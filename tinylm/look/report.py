@@ -10,7 +10,7 @@ import numpy as np
 
 from tinylm import files
 from tinylm.laws import intervals
-from tinylm.look import page, plots
+from tinylm.look import alignment, page, plots
 from tinylm.look.page import p, scientific, shown, table
 from tinylm.look.questions import ANSWERS
 from tinylm.look.study import Study
@@ -242,6 +242,20 @@ def samples(study: Study) -> str:
              "was cut off.") + table(("prompt", "base", "chat"), rows, "", "text")
 
 
+def stages_of_chat(study: Study) -> str:
+    """Put base, tuned and optimised models side by side on the instruction suite."""
+    found = study.optional("alignment.json", {"runs": {}})["runs"]
+    if not found:
+        return p("This study made no table of instruction tasks.")
+    names = [Path(name).name for name in found]
+    rows = [(title, *(show(row) for row in found.values())) for title, show in alignment.COLUMNS]
+    families = next(iter(found.values()))["exact"]
+    rows += [(f"exact: {family}", *(alignment.rate(row["exact"][family])
+                                    for row in found.values())) for family in families]
+    return table(("", *names), rows, "tasks about words unseen in training, likeliest answers; "
+                 "rates with 95% intervals; wins and KL against the first column")
+
+
 def questions(study: Study) -> str:
     """Answer the five questions."""
     return "".join(page.section(title, [make], study, 3) for title, make in ANSWERS.items())
@@ -307,5 +321,5 @@ SECTIONS: dict[str, list[Any]] = {
     "Baselines and transformers": [baselines], "Learning rates": [rates],
     "Loss at equal compute": [isoflops, exponents], "The frontier and the forecast": [frontier],
     "Which law, and how far to believe it": [forms, certificates, coverage],
-    "Samples": [samples], "Five questions": [questions], "All runs": [every_run, times],
-    "How this was measured": [measured]}
+    "Samples": [samples, stages_of_chat], "Five questions": [questions],
+    "All runs": [every_run, times], "How this was measured": [measured]}

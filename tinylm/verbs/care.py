@@ -12,7 +12,7 @@ from tinylm.train import run
 
 NOTES = ("config.json", "plan.json", "record.json", "failure.json", "environment.json",
          "sweep.json", "tuning.json", "baselines.json", "law.json", "forecast.json", "score.json",
-         "samples.json")
+         "samples.json", "alignment.json", "guard.json")
 """the files that a run, a sweep and a study leave outside sealed folders"""
 
 

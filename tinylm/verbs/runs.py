@@ -171,7 +171,7 @@ def sft(parent: Positional[Path], out: Path, data: tuple[Path, ...] = (),
 
 
 def evaluate(target: Positional[Path], also: tuple[Path, ...] = (), tasks: int = 0,
-             pairs: tuple[Path, ...] = (),
+             pairs: tuple[Path, ...] = (), out: Path | None = None,
              split: Literal["test", "reworded"] = "test", budget: int = 32, seed: int = 0,
              text: Path | None = None, json: bool = False) -> None:
     """Measure the held-out loss of a finished run, or put runs of one lineage into one table.
@@ -180,6 +180,7 @@ def evaluate(target: Positional[Path], also: tuple[Path, ...] = (), tasks: int =
         target: folder of the run; in a table what KL and wins of the others are against
         also: folders of the runs to put beside it
         tasks: instruction tasks a family to ask every run; 0: the held-out loss alone
+        out: file that the table is also written to
         pairs: .jsonl files, or a .zip of them, of minimal pairs (BLiMP) to judge the run by
         split: test: words unseen in training; reworded: phrases unseen too
         budget: tokens of an answer at most
@@ -212,7 +213,10 @@ def evaluate(target: Positional[Path], also: tuple[Path, ...] = (), tasks: int =
         loss = heldout.heldout(model, params, tokens).bits_per_byte
         first = gold if first is None else first
         rows[str(place)] = {**row, "bits_per_byte": loss, "wins": suite.wins(gold, first)}
-    progress.answer({"suite": vars(asked), "runs": rows}, json, alignment.table(rows))
+    told = {"suite": vars(asked), "runs": rows}
+    if out:
+        files.write_json(out, told)
+    progress.answer(told, json, alignment.table(rows))
 
 
 def _conversations(data, corpus, field, learnt, T, steps, rows):
