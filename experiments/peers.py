@@ -64,6 +64,8 @@ class Args:
     """a Python that has torch"""
     shapes: tuple[str, ...] = ("s", "m", "l", "xl")
     """of tinylm/bench.py"""
+    decode: tuple[str, ...] = ("s", "m")
+    """shapes to decode with too: nanoGPT keeps no cache and takes minutes for larger ones"""
     corpus: tuple[str, ...] = ()
     """text files; none: the default corpus"""
     rounds: int = 5
@@ -104,8 +106,9 @@ def measured(args: Args, name: str) -> dict[str, Any]:
     paths = batches(args.out / name, data, model, rows, max(args.steps, 8))
     shape = {k: getattr(model, k) for k in ("V", "D", "L", "H", "T")}
     found = {"rows": rows, "model": to_json(model), **compared(model),
-             "training": training(args, model, shape, rows, paths),
-             "decoding": decoding(args, model, shape)}
+             "training": training(args, model, shape, rows, paths)}
+    if name in args.decode:
+        found["decoding"] = decoding(args, model, shape)
     if args.steps:
         found["loss"] = losses(args, name, data, model, shape, rows, paths)
     return found
@@ -206,7 +209,7 @@ def told(name: str, found: dict[str, Any]) -> str:
             f"{ratio:.2f} x {way}" for way, ratio in part["ratio"].items()))
     lines += [f"  decoding, {rows.replace('_', ' ')}: "
               f"{part['tokens_per_second']['ours']['median']:,.0f} tokens/s, {part['ratio']:.1f} x "
-              "nanoGPT" for rows, part in found["decoding"].items()]
+              "nanoGPT" for rows, part in found.get("decoding", {}).items()]
     if "loss" in found:
         loss = found["loss"]
         lines.append(f"  held-out loss after {loss['tokens']:,} tokens: {loss['ours']:.4f} nats, "

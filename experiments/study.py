@@ -34,6 +34,8 @@ from tinylm.text import corpora, prepare  # noqa: E402
 from tinylm.text.shards import Dataset  # noqa: E402
 from tinylm.text.tokenizer import Tokenizer  # noqa: E402
 from tinylm.train import checkpoint  # noqa: E402
+from tinylm.verbs import align as verbs  # noqa: E402
+from tinylm.verbs.runs import evaluate  # noqa: E402
 
 
 @dataclass
@@ -81,6 +83,8 @@ def main(args: Args) -> int:
         score = held_out(out, config, data)
     with stage(out, "chat"):
         chat(out, study, config, corpus, tokenizer, data)
+    with stage(out, "alignment"):
+        align(out, study)
     with stage(out, "report"):
         progress.say(f"report: {report.write(out)}")
         close(out, score)
@@ -132,13 +136,32 @@ def chat(out: Path, study: Study, config: PretrainConfig, corpus: corpora.Corpus
          tokenizer: Tokenizer, data: Dataset) -> None:
     """Tune the held-out model on conversations and sample from both."""
     packed = sft.pack_splits(corpus, tokenizer, config.model.T, study.sft_steps)
-    tuned = sft.SftConfig(config.model, study.sft, identity(config),
-                          sft.conversations_id(*packed), study.sft_steps)
+    if study.sft_tasks:
+        packed = sft.with_tasks(packed, study.sft_tasks, tokenizer, config.model.T, 0)
+    tuned = sft.SftConfig(config.model, study.sft, identity(config), sft.conversations_id(*packed),
+                          study.sft_steps, replay=study.replay)
     with progress.bar("instruction tuning", study.sft_steps) as event:
         sft.sft(out / "chat", tuned, out / "target", *packed, data,
                 plan_of(tuned.rows, tuned.model), event)
     pair = [checkpoint.final_params(out / name, config.model) for name in ("target", "chat")]
     samples.write(out / "samples.json", config.model, *pair, tokenizer)
+
+
+def align(out: Path, study: Study) -> None:
+    """Rank the chat model's own answers, optimise it, and put all models into one table."""
+    if study.policy is None:
+        return
+    chat, family = out / "chat", (study.family,)
+    try:
+        if not (out / "reward/record.json").exists():
+            verbs.reward(chat, out / "reward", sampled=study.ranked, family=family)
+        if not (out / "policy/record.json").exists():
+            verbs.grpo(chat, out / "policy", family=family, policy=study.policy)
+        if not (out / "alignment.json").exists():
+            evaluate(chat, (out / "target", out / "policy"), study.asked,
+                     out=out / "alignment.json")
+    except (BadInput, SystemExit) as why:  # a model that answers nothing right has no preferences
+        progress.say(f"no further than this with alignment: {why}")
 
 
 def close(out: Path, score: forecast.Score) -> None:

@@ -47,6 +47,7 @@ def test_ratios_are_ours_over_theirs_on_the_same_batches(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "decoder", lambda model, rows: lambda: 500.0 * rows)
     monkeypatch.setitem(bench.SHAPES, "tiny", (ModelConfig(V=128, D=16, L=2, H=2, T=16), 4))
     args = peers.Args(nanogpt=tmp_path, out=tmp_path / "out", shapes=("tiny",), rounds=1, steps=10,
+                      decode=("tiny",),
                       corpus=(str(tmp_path / "stories.txt"),), seconds=0.05, results=tmp_path)
     assert peers.main(args) == 0
     found = files.read_json(tmp_path / "peers.json")["shapes"]["tiny"]

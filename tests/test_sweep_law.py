@@ -9,6 +9,7 @@ import pytest
 from tinylm.laws import forecast
 from tinylm.look import progress
 from tinylm.sweep import cells, law
+from tinylm.verbs import again
 
 SWEEP = Path(__file__).parents[1] / "experiments" / "results" / "laptop" / "sweep"
 
@@ -27,6 +28,16 @@ def test_the_recorded_sweep_is_fitted_with_its_bias_and_three_counts():
     assert "the parabola misplaces the best size by up to +" in said
     assert (f"exponent by convention: blocks exact {counted['blocks exact']['a']:.3f}, blocks 6nd "
             f"{counted['blocks 6nd']['a']:.3f}") in said
+
+
+@pytest.mark.parametrize("name", ["law", "forecast", "score"])
+def test_the_recorded_study_is_made_again_from_its_runs(name):
+    kept, made, _ = {"law": again._law, "forecast": again._forecast, "score": again._score}[name](
+        SWEEP.parent / f"{name}.json", None)
+    apart = again.differences(kept, made)
+    far = {k: v for k, v in apart.items() if not (
+        all(isinstance(x, float) for x in v) and v[0] == pytest.approx(v[1], rel=1e-6, abs=1e-9))}
+    assert not far, far
 
 
 def test_a_wild_exponent_does_not_choose_a_wild_target():

@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -172,6 +173,26 @@ def test_verify_gives_the_hashes_of_what_runs_came_to(trained, tuned):
     assert base["metrics_sha256"] == record["files"]["metrics.jsonl"]
     assert len(base["params_sha256"]) == 64 and base["params_sha256"] != chat["params_sha256"]
     assert last(tinylm("verify", folder / "run", "--json"))["runs"] == {str(folder / "run"): base}
+
+
+def test_a_recorded_loss_is_made_again_or_the_difference_is_named(trained, tuned):
+    folder, _, record = trained
+    for name in ("run", "chat"):
+        again = tinylm("replay", folder / name)
+        assert again.returncode == 0 and "equal" in again.stdout, again.stdout + again.stderr
+    from tinylm import files
+    copy = folder / "other"
+    shutil.copytree(folder / "run", copy, ignore=shutil.ignore_patterns("text"))
+    loss = {**record["loss"], "nats_per_token": 1.5}
+    files.write_json(copy / "record.json", {**record, "code_id": "old", "loss": loss})
+    wrong = tinylm("replay", copy, "--text", folder / "run/text", "--json")
+    said = json.loads(wrong.stdout.splitlines()[-1])
+    assert wrong.returncode == 1 and list(said["differs"]) == ["nats_per_token"]
+    assert said["facts"]["code_id"][0] == "old"
+    shutil.rmtree(copy)
+    assert tinylm("replay", folder / "none").returncode == 2
+    odd = tinylm("replay", folder / "run/config.json")
+    assert odd.returncode == 2 and "cannot be made again" in odd.stderr
 
 
 def test_verify_names_a_flipped_bit_and_an_edited_record(trained, tuned):

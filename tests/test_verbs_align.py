@@ -61,6 +61,26 @@ def test_rankings_make_a_reward_model_that_policies_are_tuned_against(chain):
     assert mute.returncode == 2 and "is a reward model and says nothing" in mute.stderr
 
 
+def test_bad_lines_are_refused_or_put_aside_with_their_reasons(chain):
+    torn = chain / "torn.jsonl"
+    torn.write_text((chain / "ranked.jsonl").read_text() + '{"prompt": "a"}\n{"torn": \n')
+    refused = tinylm("dpo", chain / "sft", "--out", chain / "torn", "--data", torn, "--pairs", 4)
+    assert refused.returncode == 2 and "torn.jsonl:41 has the fields prompt" in refused.stderr
+    assert not (chain / "torn").exists()
+    for verb in ("dpo", "reward"):
+        done = tinylm(verb, chain / "sft", "--out", chain / f"torn-{verb}", "--data", torn,
+                      "--steps", 1, "--skip-bad-lines", *(
+                          ("--pairs", 4) if verb == "dpo" else ("--prompts", 4)))
+        assert done.returncode == 0 and "2 bad lines of 42 left out" in done.stderr
+        rows = files.read_lines(chain / f"torn-{verb}/quarantine.jsonl")
+        assert [row["where"].split(":")[-1] for row in rows] == ["41", "42"]
+        assert "is not JSON" in rows[1]["reason"] and rows[1]["line"] == '{"torn": '
+    torn.write_text('{"torn": \n')
+    none = tinylm("sft", chain / "base", "--out", chain / "new", "--data", torn, "--skip-bad-lines")
+    assert none.returncode == 2 and "all 1 lines are bad" in none.stderr
+    assert not (chain / "new").exists()
+
+
 def test_dpo_and_a_table_of_runs_of_one_lineage(chain):
     last(tinylm("dpo", chain / "sft", "--out", chain / "dpo", "--data", chain / "ranked.jsonl",
                 "--pairs", 4, "--json"))

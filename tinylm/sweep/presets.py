@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from tinylm.config import require
 from tinylm.model.decoder import ModelConfig
+from tinylm.stages.policy import Dials
 from tinylm.train.optim import OptimConfig
 
 
@@ -64,6 +65,18 @@ class Study:
     """of instruction tuning"""
     sft_steps: int = 400
     """steps of instruction tuning"""
+    sft_tasks: int = 0
+    """generated instruction tasks among its conversations"""
+    replay: float = 0.0
+    """share of its rows that are base text"""
+    ranked: int = 0
+    """tasks whose sampled answers a reward model is trained on"""
+    policy: Dials | None = None
+    """of policy optimisation against the exact reward of `family`; none: no alignment"""
+    family: str = "list"
+    """of the tasks that are ranked and optimised"""
+    asked: int = 50
+    """tasks a family in the table of base, tuned and optimised model"""
     order: int = 5
     """longest n-gram table"""
     trunks: bool = False

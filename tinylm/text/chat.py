@@ -9,12 +9,12 @@ forge a turn. The loss covers what the assistant says and its <|end|>, nothing e
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from tinylm.config import BadInput
-from tinylm.text.corpora import Document, check_roles, rows, turns
+from tinylm.text.corpora import Document, Refused, check_roles, parsed, turns
 from tinylm.text.tokenizer import ASSISTANT, BOS, END, PAD, SYSTEM, USER, Tokenizer
 
 Messages = Sequence[tuple[str, str]]
@@ -53,19 +53,20 @@ def render(messages: Messages, tokenizer: Tokenizer,
     return np.concatenate(ids), np.concatenate(mask)
 
 
-def read_jsonl(path: Path) -> list[tuple[tuple[str, str], ...]]:
+def read_jsonl(path: Path,
+               refused: list[Refused] | None = None) -> list[tuple[tuple[str, str], ...]]:
     """Read conversations, one {"messages": [{"role", "content"}, ...]} a line, ending in an answer.
 
-    BadInput names file, line and reason for anything else.
+    BadInput names file, line and reason for anything else, which joins `refused` if there is one.
     """
-    out = []
-    for where, row in rows(path):
+    def talk(row: dict[str, Any], where: str) -> tuple[tuple[str, str], ...]:
         messages = turns(row, where)
         if messages[-1][0] != "assistant":
             raise BadInput(f"{where} ends with role {messages[-1][0]!r}; "
                            "end with an assistant message")
-        out.append(messages)
-    return out
+        return messages
+
+    return parsed(path, talk, refused)
 
 
 def windows(ids: np.ndarray, mask: np.ndarray, T: int) -> list[tuple[np.ndarray, np.ndarray]]:

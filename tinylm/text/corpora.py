@@ -10,14 +10,15 @@ import lzma
 import math
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from tinylm import files
 from tinylm.config import BadInput, digest
 
+Row = TypeVar("Row")
 OPENERS = {".gz": gzip.decompress, ".bz2": bz2.decompress, ".xz": lzma.decompress}
 WIDE = {"UTF-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
         "UTF-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)}
@@ -89,21 +90,48 @@ def load(paths: Sequence[str | Path] = (), field: str = "text", heldout: float =
     return Corpus(train, held, count - len(unique), read)
 
 
+class Refused(NamedTuple):
+    """A line that was left out."""
+
+    where: str  # file:line
+    reason: str
+    line: str
+
+
 def rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield ("file:line", object) for each line of a .jsonl file; blank lines are skipped."""
     for number, line in enumerate(_text(Path(path)).split("\n"), 1):
-        if not line.strip():
-            continue
+        if line.strip():
+            where = f"{path}:{number}"
+            yield where, _object(line, where)
+
+
+def parsed(path: Path, parse: Callable[[dict[str, Any], str], Row],
+           refused: list[Refused] | None = None) -> list[Row]:
+    """Parse each line's object, given "file:line" too; what is refused raises, or joins a list."""
+    out = []
+    for number, line in enumerate(_text(Path(path)).split("\n"), 1):
         where = f"{path}:{number}"
         try:
-            row = json.loads(line, parse_constant=_finite, parse_float=_finite)
-        except RecursionError:
-            raise BadInput(f"{where} is nested too deeply; flatten that line") from None
-        except ValueError as bad:
-            raise BadInput(f"{where} is not JSON ({bad}); repair or delete that line") from None
-        if not isinstance(row, dict):
-            raise BadInput(f"{where} is a {type(row).__name__}, not an object; write {{...}}")
-        yield where, row
+            if line.strip():
+                out.append(parse(_object(line, where), where))
+        except BadInput as bad:
+            if refused is None:
+                raise
+            refused.append(Refused(where, str(bad), line))
+    return out
+
+
+def _object(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line, parse_constant=_finite, parse_float=_finite)
+    except RecursionError:
+        raise BadInput(f"{where} is nested too deeply; flatten that line") from None
+    except ValueError as bad:
+        raise BadInput(f"{where} is not JSON ({bad}); repair or delete that line") from None
+    if not isinstance(row, dict):
+        raise BadInput(f"{where} is a {type(row).__name__}, not an object; write {{...}}")
+    return row
 
 
 def turns(row: dict[str, Any], where: str) -> tuple[tuple[str, str], ...]:

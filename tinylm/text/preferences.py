@@ -9,7 +9,7 @@ import numpy as np
 from tinylm import files
 from tinylm.config import BadInput, digest
 from tinylm.text.chat import render
-from tinylm.text.corpora import rows, turns
+from tinylm.text.corpora import Refused, parsed, turns
 from tinylm.text.tokenizer import END, PAD, Tokenizer
 
 SHAPES = ('{"prompt": "..." or "messages": [...], and either "chosen": "...", "rejected": "..." '
@@ -65,9 +65,13 @@ def ranked(preferences: Sequence[Preference], tokenizer: Tokenizer,
     return Ranked(tokens, mask, wins), len(preferences) - len(kept)
 
 
-def read_jsonl(path: Path) -> list[Preference]:
-    """Read one preference a line; BadInput names file, line and reason for anything else."""
-    return [Preference(_messages(row, where), _responses(row, where)) for where, row in rows(path)]
+def read_jsonl(path: Path, refused: list[Refused] | None = None) -> list[Preference]:
+    """Read one preference a line.
+
+    BadInput names file, line and reason for anything else, which joins `refused` if there is one.
+    """
+    return parsed(path, lambda row, where: Preference(_messages(row, where),
+                                                      _responses(row, where)), refused)
 
 
 def split(preferences: Sequence[Preference],

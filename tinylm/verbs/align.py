@@ -31,7 +31,7 @@ def reward(parent: Positional[Path], out: Path, data: tuple[Path, ...] = (), sam
            budget: int = 32, heldout: float = 0.1,
            optim: OptimConfig = OptimConfig(lr=5e-4, decay=1.0),  # noqa: B008
            steps: int = 0, prompts: int = 16, center: float = 0.0, seed: int = 0,
-           text: Path | None = None, json: bool = False) -> None:
+           text: Path | None = None, skip_bad_lines: bool = False, json: bool = False) -> None:
     """Train a reward model on ranked responses, from a tuned run.
 
     Args:
@@ -50,6 +50,7 @@ def reward(parent: Positional[Path], out: Path, data: tuple[Path, ...] = (), sam
         center: pull of two responses' scores to 0
         seed: of the head and the order of the prompts
         text: the prepared folder of the parent, where it has moved
+        skip_bad_lines: put bad lines of the data into OUT/quarantine.jsonl instead of refusing
         json: print the record on the last line
     """
     if bool(data) == bool(sampled):
@@ -57,7 +58,8 @@ def reward(parent: Positional[Path], out: Path, data: tuple[Path, ...] = (), sam
                        "to sample and rank")
     model, tokens, learnt = models.opened(parent, text)
     if data:
-        (train, held), ceiling = _ranked(data, heldout, learnt, model.T), 0.0
+        read = folders.read_lines(data, preferences.read_jsonl, out, skip_bad_lines)
+        (train, held), ceiling = _ranked(read, heldout, learnt, model.T), 0.0
     else:
         require("heldout", heldout, 1e-6, 1 - 1e-6)
         require("responses", responses, 2, 64)
@@ -82,7 +84,7 @@ def reward(parent: Positional[Path], out: Path, data: tuple[Path, ...] = (), sam
 def dpo(parent: Positional[Path], out: Path, data: tuple[Path, ...], heldout: float = 0.1,
         optim: OptimConfig = OptimConfig(lr=3e-4, decay=1.0),  # noqa: B008
         steps: int = 0, pairs: int = 32, beta: float = 0.1, smoothing: float = 0.0, seed: int = 0,
-        text: Path | None = None, json: bool = False) -> None:
+        text: Path | None = None, skip_bad_lines: bool = False, json: bool = False) -> None:
     """Tune a run on ranked responses directly, without a reward model.
 
     Args:
@@ -97,10 +99,12 @@ def dpo(parent: Positional[Path], out: Path, data: tuple[Path, ...], heldout: fl
         smoothing: share of labels taken to be flipped
         seed: of the order of the pairs
         text: the prepared folder of the parent, where it has moved
+        skip_bad_lines: put bad lines of the data into OUT/quarantine.jsonl instead of refusing
         json: print the record on the last line
     """
     model, tokens, learnt = models.opened(parent, text)
-    train, held = _ranked(data, heldout, learnt, model.T)
+    read = folders.read_lines(data, preferences.read_jsonl, out, skip_bad_lines)
+    train, held = _ranked(read, heldout, learnt, model.T)
     steps = steps or max(1, int(train.wins.sum()) // pairs)
     config = preferring.DpoConfig(model, optim, folders.finished(parent)["id"],
                                   f"{train.id}{held.id}", steps, pairs, beta, smoothing, seed)
@@ -229,9 +233,8 @@ def _judge(reward: Path | None, model: ModelConfig, chosen: list[tasks.Task], le
     return scored, record["id"]
 
 
-def _ranked(data: tuple[Path, ...], heldout: float, learnt: Tokenizer,
+def _ranked(read: list[preferences.Preference], heldout: float, learnt: Tokenizer,
             T: int) -> tuple[Ranked, Ranked]:
-    read = [one for path in data for one in preferences.read_jsonl(path)]
     (train, lost), (held, more) = (preferences.ranked(side, learnt, T)
                                    for side in preferences.split(read, heldout))
     if lost + more:

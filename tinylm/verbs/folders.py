@@ -1,8 +1,10 @@
 """What the verbs open without JAX: prepared text, the plan of a run, finished runs."""
 
+import json
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tinylm import files, machine
 from tinylm.config import BadInput
@@ -12,6 +14,8 @@ from tinylm.text import corpora, prepare
 from tinylm.text.shards import Dataset, open_dataset
 from tinylm.text.tokenizer import Tokenizer
 from tinylm.train import run
+
+Row = TypeVar("Row")
 
 
 def prepared(folder: Path, corpus: tuple[str, ...], field: str, V: int,
@@ -55,6 +59,24 @@ def text_of(folder: Path) -> Path:
         if link := files.read_json(place).get("text", ""):
             return Path(os.path.relpath(place.parent.resolve() / link))
     return Path("TEXT")
+
+
+def read_lines(data: tuple[Path, ...], read: Callable[..., list[Row]], out: Path,
+               skip_bad_lines: bool) -> list[Row]:
+    """Read .jsonl files; lines to be skipped go to OUT/quarantine.jsonl, counted.
+
+    BadInput for the first bad line where none may be skipped, or where all are bad.
+    """
+    refused: list[corpora.Refused] | None = [] if skip_bad_lines else None
+    found = [row for path in data for row in read(path, refused)]
+    if refused:
+        if not found:
+            raise BadInput(f"all {len(refused)} lines are bad, the first: {refused[0].reason}")
+        place = out / "quarantine.jsonl"
+        files.write_text(place, "".join(json.dumps(r._asdict()) + "\n" for r in refused))
+        progress.say(f"{len(refused)} bad lines of {len(refused) + len(found)} left out; {place} "
+                     "holds them with the reasons")
+    return found
 
 
 def finished(folder: Path) -> dict[str, Any]:

@@ -138,7 +138,7 @@ def sft(parent: Positional[Path], out: Path, data: tuple[Path, ...] = (),
         corpus: tuple[str, ...] = (), field: str = "text", text: Path | None = None,
         tasks: int = 0, optim: OptimConfig = OptimConfig(lr=1e-3, decay=1.0),  # noqa: B008
         steps: int = 400, rows: int = 16, replay: float = 0.0, seed: int = 0,
-        json: bool = False) -> None:
+        skip_bad_lines: bool = False, json: bool = False) -> None:
     """Tune a finished run on conversations, with the loss on what the assistant says.
 
     Args:
@@ -154,10 +154,13 @@ def sft(parent: Positional[Path], out: Path, data: tuple[Path, ...] = (),
         rows: packed rows a step
         replay: share of the rows that are base text
         seed: of the order of the rows
+        skip_bad_lines: put bad lines of the data into OUT/quarantine.jsonl instead of refusing
         json: print the record on the last line
     """
     config, tokens, learnt = models.opened(parent, text)
-    packed = _conversations(data, corpus, field, learnt, config.T, steps, rows)
+    read = folders.read_lines(data, read_jsonl, out, skip_bad_lines)
+    packed = (_talks(read, learnt, config.T) if data else tuning.pack_splits(
+        corpora.load(corpus, field), learnt, config.T, steps, rows))
     if tasks:
         packed = tuning.with_tasks(packed, tasks, learnt, config.T, seed)
     wanted = tuning.SftConfig(config, optim, folders.finished(parent)["id"],
@@ -219,11 +222,7 @@ def evaluate(target: Positional[Path], also: tuple[Path, ...] = (), tasks: int =
     progress.answer(told, json, alignment.table(rows))
 
 
-def _conversations(data, corpus, field, learnt, T, steps, rows):
-    if not data:
-        loaded = corpora.load(corpus, field)
-        return tuning.pack_splits(loaded, learnt, T, steps, rows)
-    read = [messages for path in data for messages in read_jsonl(path)]
+def _talks(read, learnt, T):
     talks = list(dict.fromkeys(read))  # a repeated one could lie on both sides of the split
     sides = [[render(t, learnt) for n, t in enumerate(talks) if (n % 25 > 0) == train]
              for train in (True, False)]
