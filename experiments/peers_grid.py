@@ -8,9 +8,10 @@ cost       about 10 minutes on two cores, most of it torch compiling
 expected   at least 3 times our sweep's wall time
 result     not recorded yet
 
-Every third run by FLOPs is started and timed for some seconds; start-up is the mean of these, the
-rate of the others is interpolated by width. Ours is the wall time of the study's own sweep, so run
-both on the same quiet machine.
+Every third run by FLOPs is started and timed for some seconds, nanoGPT and then ours in two pinned
+processes, as a sweep has them; its start-up is the mean of these, the rates of the other runs are
+interpolated by width. Our sweep is its tokens at our rate over the share of its workers' wall time
+that the study's own record says was computing; so both sides are of the same minutes.
 """
 
 import functools
@@ -26,9 +27,10 @@ from peers import PEER, WAYS, batches
 
 from tinylm import bench, files, machine
 from tinylm.__main__ import arguments, guarded
-from tinylm.config import BadInput, from_json
+from tinylm.config import BadInput, from_json, to_json
 from tinylm.look import progress
 from tinylm.model.decoder import ModelConfig
+from tinylm.sweep.times import spent
 from tinylm.text.shards import open_dataset
 from tinylm.train import run
 
@@ -56,15 +58,16 @@ def main(args: Args) -> int:
     if not (args.nanogpt / "model.py").exists():
         raise BadInput(f"{args.nanogpt} holds no model.py; give a checkout of nanoGPT")
     records = run.table(p.parent for p in sorted((args.study / "sweep").glob("*/record.json")))
-    walls = files.read_lines(args.study / "sweep/workers.jsonl")
-    if not records or len(walls) != 1:
-        raise BadInput(f"{args.study} holds no sweep that ran in one go; give a finished study")
+    went = spent(args.study / "sweep")
+    if not records or not went["wall"]:
+        raise BadInput(f"{args.study} holds no finished sweep; give a finished study")
     measured = []
     for record in records[args.every // 2:: args.every]:
         measured.append(timed(args, record))
         progress.say(f"D={measured[-1]['D']}: {measured[-1]['start_seconds']:.1f} s to start, "
-                     f"{measured[-1]['tokens_per_second']:,.0f} tokens/s")
-    found = scaled(records, measured, walls[0]["wall_seconds"])
+                     f"{measured[-1]['tokens_per_second']:,.0f} tokens/s; ours "
+                     f"{measured[-1]['our_tokens_per_second']:,.0f}")
+    found = scaled(records, measured, went["compute"] / went["wall"])
     found |= {"versions": machine.versions(), "measured": measured}
     progress.say(f"{len(records)} runs: nanoGPT {found['theirs_seconds'] / 60:.1f} min (start-up "
                  f"{found['theirs_start_seconds'] / 60:.1f}), ours "
@@ -87,8 +90,11 @@ def timed(args: Args, record: dict[str, Any]) -> dict[str, Any]:
         peer.ask(*ask, 0.0)
         start = time.perf_counter() - began
         rate = peer.ask(*ask, args.seconds)
-    return {"D": model.D, "tokens": record["tokens"], "start_seconds": start,
-            "tokens_per_second": rate}
+    with bench.Crew(bench.servers(len(machine.cores()))) as ours:
+        asked = (to_json(model), rows, args.seconds, few)
+        ours.ask(*asked)
+        return {"D": model.D, "tokens": record["tokens"], "start_seconds": start,
+                "tokens_per_second": rate, "our_tokens_per_second": ours.ask(*asked)}
 
 
 @functools.cache
@@ -98,15 +104,19 @@ def data(study: Path):
 
 
 def scaled(records: list[dict[str, Any]], measured: list[dict[str, Any]],
-           ours: float) -> dict[str, float]:
-    """Give the seconds that all runs would take, by the mean start and the rate of their width."""
-    by_width = sorted({m["D"]: m["tokens_per_second"] for m in measured}.items())
-    widths, rates = (np.log([pair[i] for pair in by_width]) for i in range(2))
+           computing: float) -> dict[str, float]:
+    """Give the seconds of all runs: theirs by start and rate, ours by rate and computing share."""
+    def training(rate: str) -> float:
+        by_width = sorted({m["D"]: m[rate] for m in measured}.items())
+        widths, rates = (np.log([pair[i] for pair in by_width]) for i in range(2))
+        return sum(r["tokens"] / float(np.exp(np.interp(
+            np.log(r["config"]["model"]["D"]), widths, rates))) for r in records)
+
     start = float(np.mean([m["start_seconds"] for m in measured])) * len(records)
-    training = sum(r["tokens"] / float(np.exp(np.interp(
-        np.log(r["config"]["model"]["D"]), widths, rates))) for r in records)
-    return {"theirs_seconds": start + training, "theirs_start_seconds": start,
-            "ours_seconds": ours, "ratio": (start + training) / ours}
+    theirs, ours = start + training("tokens_per_second"), training("our_tokens_per_second")
+    return {"theirs_seconds": theirs, "theirs_start_seconds": start,
+            "ours_seconds": ours / computing, "our_computing_share": computing,
+            "ratio": theirs * computing / ours}
 
 
 if __name__ == "__main__":

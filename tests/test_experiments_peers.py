@@ -85,9 +85,10 @@ def test_a_grid_s_time_is_starts_and_tokens_at_the_rate_of_each_width(monkeypatc
     with mock.patch.object(machine, "pin"):
         import peers_grid
     runs = [{"tokens": 1000.0, "config": {"model": {"D": d}}} for d in (10, 20, 40)]
-    told = [{"D": d, "tokens": 0, "start_seconds": s, "tokens_per_second": rate}
-            for d, s, rate in ((10, 4.0, 400.0), (40, 6.0, 100.0))]
-    found = peers_grid.scaled(runs, told, ours=10.0)
+    told = [{"D": d, "tokens": 0, "start_seconds": s, "tokens_per_second": rate,
+             "our_tokens_per_second": 4 * rate} for d, s, rate in ((10, 4., 400.), (40, 6., 100.))]
+    found = peers_grid.scaled(runs, told, computing=0.5)
     assert found["theirs_start_seconds"] == pytest.approx(15.0)
     assert found["theirs_seconds"] == pytest.approx(15.0 + 2.5 + 5.0 + 10.0)
-    assert found["ratio"] == pytest.approx(3.25)
+    assert found["ours_seconds"] == pytest.approx(17.5 / 4 / 0.5)
+    assert found["ratio"] == pytest.approx(32.5 / 8.75)

@@ -164,12 +164,19 @@ def _pack(documents: list[Document], tokenizer: Tokenizer, T: int, rows: int) ->
 
 def with_tasks(packed: list[Packed], count: int, tokenizer: Tokenizer, T: int,
                seed: int) -> list[Packed]:
-    """Mix generated tasks (text/tasks.py, of training's split) into the rows of both splits."""
+    """Mix generated tasks (text/tasks.py, of training's split) with conversations.
+
+    In both splits tasks are half of the rows or more: surplus conversations are left out.
+    """
     chosen = tasks.mixed("train", seed, count)
     talks = [render(tasks.conversation(t), tokenizer) for t in chosen]
     held = max(1, count // 25)
-    return [joined([side, pack(part, T)], seed)
-            for side, part in zip(packed, (talks[held:], talks[:held]), strict=True)]
+    out = []
+    for side, part in zip(packed, (talks[held:], talks[:held]), strict=True):
+        asked = pack(part, T)
+        few = Packed(*(of[:len(asked.tokens)] for of in side[:3]), side.dropped)
+        out.append(joined([few, asked], seed))
+    return out
 
 
 def joined(parts: list[Packed], seed: int) -> Packed:

@@ -159,6 +159,7 @@ GLOSSARY = {
     "a science": "physics chemistry biology geology astronomy botany zoology genetics ecology",
     "a gas": "oxygen helium hydrogen nitrogen neon argon methane ozone xenon krypton",
 }
+SYLLABLES = tuple(a + b + c for a in "bcdfghklmnprstvw" for b in "aeiou" for c in ("", "n", "r"))
 GOOD = ("happy kind brave clever lovely friendly", "won smiled laughed sang helped danced")
 BAD = ("sad cruel rude lazy awful angry", "lost cried failed fell lied broke")
 FACTS = ("name", "password", "team", "home")
@@ -231,7 +232,7 @@ def _task(family: str, rule: str, split: Split, rng: random.Random) -> Task:
 def _exercise(family: str, split: Split, rng: random.Random) -> tuple[str, tuple, str]:
     """Give the kind of phrase, what fills it, and the answer."""
     count = rng.randrange(1 if family == "copy" else 2, 6)
-    some = _sample(_pool(WORDS, split), count, rng)
+    some = _arguments(split, count, rng)
     text, word = " ".join(some), some[0]
     match family:
         case "copy":
@@ -274,7 +275,8 @@ def _recall(split: Split, rng: random.Random) -> tuple[list[tuple[str, str]], st
     first, second = _sample(FACTS, 2, rng)
     told, known = [], {}
     for fact in (first, second):
-        known[fact] = _pick(_pool(NAMES if fact == "name" else WORDS, split), rng)
+        known[fact] = (_pick(_pool(NAMES, split), rng) if fact == "name"
+                       else _arguments(split, 1, rng)[0])
         told += [("user", _phrase("fact", split, rng).format(fact, known[fact])),
                  ("assistant", NOTED)]
     asked = _pick((first, second), rng)
@@ -289,6 +291,26 @@ def _glossary(split: Split, rng: random.Random) -> tuple[str, str]:
     half = (hashlib.sha256(term.encode()).digest()[0] + (split == "test")) % 2
     asked = _pick(others if split == "reworded" else usual[half::2], rng)
     return asked.format(term), f"{term[0].upper()}{term[1:]} is {kind}."
+
+
+def _arguments(split: Split, count: int, rng: random.Random) -> list[str]:
+    """Draw different words to ask about; half of training's are made up.
+
+    Over its few real words alone a model learns to copy each, and not to copy: a default study's
+    had .27 nats a token on them and 2% of exact copies of the test's.
+    """
+    some = _sample(_pool(WORDS, split), count, rng)
+    if split == "train":
+        some = [_made_up(rng) if rng.randrange(2) else word for word in some]
+    return list(dict.fromkeys(some)) if len(set(some)) == count else _arguments(split, count, rng)
+
+
+def _made_up(rng: random.Random) -> str:
+    """Make a word of two or three syllables that is training's and no real one."""
+    while True:
+        word = "".join(_pick(SYLLABLES, rng) for _ in range(rng.randrange(2, 4)))
+        if side(word) == "train" and word not in WORDS:
+            return word
 
 
 def _invented(split: Split, rng: random.Random) -> str:
