@@ -83,8 +83,9 @@ def main(args: Args) -> int:
         score = held_out(out, config, data)
     with stage(out, "chat"):
         chat(out, study, config, corpus, tokenizer, data)
-    with stage(out, "alignment"):
-        align(out, study)
+    if study.policy:
+        with stage(out, "alignment"):
+            align(out, study)
     with stage(out, "report"):
         progress.say(f"report: {report.write(out)}")
         close(out, score)
@@ -149,8 +150,6 @@ def chat(out: Path, study: Study, config: PretrainConfig, corpus: corpora.Corpus
 
 def align(out: Path, study: Study) -> None:
     """Rank the chat model's own answers, optimise it, and put all models into one table."""
-    if study.policy is None:
-        return
     chat, family = out / "chat", (study.family,)
     try:
         if not (out / "reward/record.json").exists():
