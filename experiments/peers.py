@@ -5,10 +5,11 @@ question   Tokens a second of the whole machine, same shapes, batches and text, 
            (and in f32, to see what that gives and costs) and decodes in f32.
 command    python experiments/peers.py --nanogpt CHECKOUT --out studies/peers
            (--python names one that has torch, where this one has not)
-cost       about 5 minutes a shape on two cores, most of it torch compiling
+cost       5 to 15 minutes a shape on two cores, most of it torch
 expected   to compiled bf16 at least 2.0, 1.4, 1.15, .95 times at s, m, l, xl; to tuned torch 1.6,
            1.15, 1.0, .9; decoding 12 and 25 times at batch 1 and 64
-result     not recorded whole yet; one shape, on a busy machine: LOG.md
+result     1.66, 1.25, 1.06 at s, m, l; torch tuned 1.40, 1.09, 1.00; decoding 65 and 28 at s, 42
+           and 26 times at m; xl is not recorded: experiments/results/peers.json
 """
 
 import dataclasses
