@@ -7,7 +7,7 @@ command    python experiments/plan_choice.py --results experiments/results
 cost       about 4 minutes on one core
 expected   the rule within 5% of the best at every width, and a measurement of all plans of a shape
            dearer than that gains over a run of the default study
-result     not recorded yet
+result     within 4.6% at widths 12 to 160; 25 s to compile a width's four plans (plan_choice.json)
 """
 
 import sys
