@@ -27,7 +27,7 @@ AT_ONCE = 64
 KEYS = ("sentence_good", "sentence_bad")
 LARGEST = 100_000_000
 """bytes that a file inside a .zip may unpack to"""
-BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError)
+BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError)
 """what reading a damaged, encrypted or odd .zip raises"""
 
 Pair = tuple[str, str]
@@ -37,7 +37,7 @@ def read(path: Path) -> dict[str, list[Pair]]:
     """Read pairs by paradigm; BadInput names file, line and reason for anything else."""
     path = Path(path)
     if path.suffix != ".zip":
-        return {path.stem: [_pair(row, where) for where, row in corpora.rows(path)]}
+        return {path.stem: corpora.parsed(path, _pair)}
     try:
         with zipfile.ZipFile(path) as packed:
             names = sorted(n for n in packed.namelist() if n.endswith(".jsonl")

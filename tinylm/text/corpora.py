@@ -10,7 +10,7 @@ import lzma
 import math
 import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -98,17 +98,12 @@ class Refused(NamedTuple):
     line: str
 
 
-def rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield ("file:line", object) for each line of a .jsonl file; blank lines are skipped."""
-    for number, line in enumerate(_text(Path(path)).split("\n"), 1):
-        if line.strip():
-            where = f"{path}:{number}"
-            yield where, _object(line, where)
-
-
 def parsed(path: Path, parse: Callable[[dict[str, Any], str], Row],
            refused: list[Refused] | None = None) -> list[Row]:
-    """Parse each line's object, given "file:line" too; what is refused raises, or joins a list."""
+    """Parse the object of each line of a .jsonl file, given "file:line" too; skip blank lines.
+
+    A line that is refused raises, or joins `refused` if there is such a list.
+    """
     out = []
     for number, line in enumerate(_text(Path(path)).split("\n"), 1):
         where = f"{path}:{number}"
@@ -242,7 +237,7 @@ def _of_files(paths: Sequence[str | Path], field: str) -> list[tuple[str, list[D
         if kind == ".parquet":
             texts = [(t, ()) for t in _parquet(path, field)]
         elif kind == ".jsonl":
-            texts = [_of_row(where, row, field) for where, row in rows(path)]
+            texts = parsed(path, lambda row, where: _of_row(where, row, field))
         else:
             texts = [(_text(path), ())]
         part = [Document(t, name, _sha(t), m) for t, m in texts if t.strip()]
