@@ -271,6 +271,23 @@ def test_a_sweep_without_minima_is_forecast_roughly_only_if_asked():
     assert "best run of each budget, since 0 budgets" in rough.rule
     assert rough.high / rough.predicted - 1 >= 0.06
     assert "no past forecast" in rough.coverage and rough.weights == {"best_runs": 1.0}
+    bent = runs._replace(loss=runs.loss * np.where(flops == 1e9, 1.2, 1.0))
+    rough = forecast.make(bent, ids, 2e10, 3e3, 1e6, "e", rough=True)
+    assert rough.low < rough.predicted < rough.naive < rough.high
+    assert rough.high / rough.predicted > 1.06
+
+
+def test_three_minima_widen_an_interval_that_four_do_not():
+    budgets = (1e11, 3.2e11, 1e12, 2.8e12, 6.4e12)
+    for count, widened in ((3, True), (4, False)):
+        made_of = made(study(budgets=budgets[-count:]))
+        found = intervals.parts(blend.blend(study(budgets=budgets[-count:])), blend.Target(
+            *(getattr(made_of, f"target_{name}") for name in ("flops", "params", "tokens"))),
+            resamples=8)
+        half, guess = np.log(made_of.high / made_of.predicted), intervals.half_width(found)
+        assert half == pytest.approx(np.hypot(guess, widened * intervals.rough_half_width(
+            TARGET / 6.4e12)))
+        assert ("guess" in made_of.parts) == ("guess" in made_of.coverage) == widened
 
 
 def test_the_recorded_simulations_hold_what_they_claim():

@@ -17,7 +17,7 @@ import numpy as np
 from tinylm import files
 from tinylm.config import BadInput, from_json, to_json
 from tinylm.laws import intervals
-from tinylm.laws.blend import RULE, Target, blend
+from tinylm.laws.blend import LEAST_BUDGETS, RULE, Target, blend
 from tinylm.laws.fit import fit_frontier
 from tinylm.laws.isoflop import Minimum, group
 from tinylm.laws.runs import Runs
@@ -80,7 +80,9 @@ def make(runs: Runs, ids: list[str], target_flops: float, target_params: float,
     `sigma` and `clusters` are those of `intervals.parts`. `budgets` labels the runs where their
     FLOPs differ by over 3%. `warning` says first what may spoil the forecast, such as untuned
     rates. Fewer than 3 bracketed budgets raise BadInput or, if `rough`, give a power law through
-    the best run of each budget, with an interval that is a guess.
+    the best run of each budget, with an interval that is a guess and reaches the straight line
+    through the last two. With 3 no law has forecast a later budget: their interval is widened by
+    the same guess.
     """
     if len(ids) != len(runs.loss) or len(set(ids)) != len(ids):
         raise BadInput(f"{len(set(ids))} different ids for {len(runs.loss)} runs; give one a run")
@@ -97,8 +99,10 @@ def make(runs: Runs, ids: list[str], target_flops: float, target_params: float,
         laws = {"best_runs": float(_line(best, floor=False).loss(target.flops))}
         predicted, weights, off = laws["best_runs"], {"best_runs": 1.0}, {}
         rule = f"power law through the best run of each budget, since {refusal}"
-        width = intervals.rough_half_width(target.flops / float(runs.flops.max()))
-        coverage, straight = "no past forecast calibrates this interval", naive(best, target.flops)
+        straight = naive(best, target.flops)
+        width = math.hypot(intervals.rough_half_width(target.flops / best[-1].flops),
+                           math.log(straight / predicted))
+        coverage = "no past forecast calibrates this interval"
     else:
         laws, weights, rule = blended.predictions(target), blended.weights, RULE
         found = intervals.parts(blended, target, sigma, resamples, seed, clusters)
@@ -106,6 +110,12 @@ def make(runs: Runs, ids: list[str], target_flops: float, target_params: float,
                                     intervals.coverage_told())
         width = intervals.half_width(found)
         straight = naive(blended.found, target.flops)
+        if len(blended.found) == LEAST_BUDGETS:
+            guess = intervals.rough_half_width(target.flops / blended.found[-1].flops)
+            off["guess"] = guess / intervals.NORMAL_90
+            width = math.hypot(width, guess)
+            coverage = (f"{LEAST_BUDGETS} budgets give no law a chance to forecast a later one, so "
+                        f"a guess widens this interval; without it {coverage}")
     used = sorted((str(i), float(loss)) for i, loss in zip(ids, runs.loss, strict=True))
     return Forecast(SCHEMA, name, *target, predicted, predicted * math.exp(-width),
                     predicted * math.exp(width), laws, weights, rule, off, coverage, warning,

@@ -111,8 +111,9 @@ def coverage_told() -> str:
 
 
 def rough_half_width(factor: float) -> float:
-    """Give a guess for a sweep without minima: 6% at 5 times, in proportion to ln(factor).
+    """Give a guess for a sweep of few or no minima: 6% at 5 times, in proportion to ln(factor).
 
-    Twice what our pilot's miss of 1.85% at 5 times was given; nothing calibrates it.
+    Nothing calibrates it: the largest error of six sweeps of 3 minima was 4.6% at 5 times
+    (experiments/LOG.md).
     """
     return max(0.02, 0.06 * math.log(max(factor, 1.0)) / math.log(5.0))
