@@ -12,7 +12,7 @@ from tinylm import machine
 from tinylm.config import BadInput
 from tinylm.laws.accounting import flops_per_token
 from tinylm.model import attention
-from tinylm.model.attention import KeyValue
+from tinylm.model.attention import empty
 from tinylm.model.decoder import ModelConfig, init, rebuild
 
 SMALL = ModelConfig(V=50, D=16, L=2, H=2, T=24)
@@ -32,7 +32,7 @@ def test_initial_parameters_have_their_deviations_and_share_no_numbers():
     drawn = []
     for path, a in jax.tree_util.tree_leaves_with_path(init(config, jax.random.key(0))):
         name = path[-1].key
-        if name in ("o_proj", "down_proj"):
+        if name in ("o_proj", "down_proj", "k_smear"):
             assert not a.any()
         elif "norm" in jax.tree_util.keystr(path):
             assert (a == 1).all()
@@ -97,8 +97,8 @@ def test_scanned_layers_equal_unrolled_ones(groups, tied):
 def test_cached_decode_equals_the_full_forward_pass(groups):
     config = ModelConfig(V=50, D=16, L=2, H=2, G=groups, T=24)
     params, x = drawn(config), tokens(config)
-    empty = jnp.zeros((2, groups, config.T, config.head_width))
-    cache, begin = (KeyValue(empty, empty),) * 2, jnp.zeros(2, jnp.int32)
+    cache = (empty(2, groups, config.T, config.head_width),) * 2
+    begin = jnp.zeros(2, jnp.int32)
     parts, start = [], 0
     for width in (9, 1, 1, 5, 8):
         logits, cache = extend(config, params, x[:, start : start + width], cache, start, begin)

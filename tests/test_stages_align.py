@@ -41,7 +41,7 @@ def rankings(learnt, config):  # noqa: F811
 def judged(tmp_path_factory, rankings, parent, data, config):  # noqa: F811
     train, held = rankings
     wanted = RewardConfig(config.model, OptimConfig(lr=5e-3, decay=1.0), "p",
-                          f"{train.id}{held.id}", steps=30, prompts=8)
+                          f"{train.id}{held.id}", steps=60, prompts=8)
     folder = tmp_path_factory.mktemp("reward") / "run"
     record = reward(folder, wanted, parent, train, held, data.tokenizer_id, data.folder.parent,
                     PLAN)
@@ -122,7 +122,7 @@ def prompts(learnt):
 def wants_ko(learnt):
     """A judge that pays for one word, whatever was asked."""
     return lambda rolled, asked: np.array(
-        [learnt.decode(ids) == "ko" for ids in rolled.responses], np.float32)
+        [learnt.decode(ids) == " ko" for ids in rolled.responses], np.float32)
 
 
 def wanted_of(method, config, prompts, **dials):  # noqa: F811

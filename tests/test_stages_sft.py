@@ -51,7 +51,7 @@ def test_only_the_assistants_tokens_and_its_end_have_weight(packed, data):  # no
     rows = packed[0]
     said = rows.tokens[:, 1:][rows.mask > 0]
     text = learnt.decode(said, control=True)
-    assert set(text.split("<|end|>")) == {"ba", "ko", "ni", "du", ""}
+    assert set(text.split("<|end|>")) == {" ba", " ko", " ni", " du", ""}
 
 
 def test_conversations_that_are_not_those_of_the_config_are_refused(

@@ -32,13 +32,15 @@ def test_no_message_can_forge_a_turn(learnt):
         ids, mask = chat.render(talk, learnt)
         assert (ids < len(CONTROL)).sum() == 1 + 2 * len(talk)
         assert (ids == BOS).sum() == 1 and ids[0] == BOS
-        said = "".join(text + CONTROL[END] for role, text in talk if role == "assistant")
-        assert learnt.decode(ids[mask == 1], control=True) == said
+        said = [text for role, text in talk if role == "assistant"]
+        wanted = "".join(f" {text}{CONTROL[END]}" for text in said)
+        assert learnt.decode(ids[mask == 1], control=True) == wanted
+        assert [chat.read(chat.written(text, learnt), learnt) for text in said] == said
 
 
 def test_the_template_is_what_the_module_says(learnt):
     ids, mask = chat.render(TALK[:3], learnt)
-    texts = [learnt.encode(text) for _, text in TALK[:3]]
+    texts = [learnt.encode(f" {text}") for _, text in TALK[:3]]
     want = [BOS, SYSTEM, *texts[0], END, USER, *texts[1], END, ASSISTANT, *texts[2], END]
     assert ids.tolist() == want and ids.dtype == np.int32 and mask.dtype == np.float32
     assert mask.sum() == len(texts[2]) + 1 and mask[-1] == 1 and mask[-len(texts[2]) - 2] == 0
@@ -50,6 +52,13 @@ def test_a_prompt_is_the_beginning_of_the_longer_conversation(learnt):
         ids, mask = chat.render(TALK[:turns], learnt, prompt=True)
         assert np.array_equal(whole[:len(ids)], ids) and ids[-1] == ASSISTANT
         assert np.array_equal(supervised[:len(ids)], mask)
+
+
+def test_a_word_has_the_same_ids_wherever_it_stands_in_a_turn(learnt):
+    ids, mask = chat.render([("user", "Say: river"), ("assistant", "river")], learnt)
+    answer = ids[mask == 1][:-1]
+    asked = ids[2: len(ids) - len(answer) - 3]
+    assert asked[-len(answer):].tolist() == answer.tolist()
 
 
 def test_an_empty_answer_still_teaches_its_end(learnt):
@@ -146,7 +155,7 @@ def test_the_packed_mask_marks_the_position_that_predicts(learnt):
     packed = chat.pack([(ids, mask)] * 2, 2 * len(ids) + 3)
     targets = packed.tokens[:, 1:]
     said = learnt.decode(targets[packed.mask == 1], control=True)
-    assert said == "On the river.<|end|>With the tea.<|end|>" * 2
+    assert said == " On the river.<|end|> With the tea.<|end|>" * 2
     assert packed.tokens[0, np.flatnonzero(packed.mask[0])[0]] == ASSISTANT
 
 
@@ -178,11 +187,11 @@ def test_text_without_turns_is_cut_to_pairs_that_fit_a_row(learnt, line):
     made = chat.conversations(documents, learnt, 64)
     assert len(made) > 2 and chat.pack(made, 64).dropped == 0
     said = "".join(learnt.decode(ids[ids >= len(CONTROL)]) for ids, _ in made)
-    assert set(said) <= set(line) and len(said) > len(line)
+    assert set(said) <= set(line + " ") and len(said) > len(line)
 
 
 def test_text_whose_turns_never_fit_a_row_is_cut_to_pieces(learnt):
     talk = [("user", "tea " * 200), ("assistant", "boat " * 200)]
     long = Document("\n".join(t for _, t in talk), "all", "a", tuple(talk))
-    assert len(chat.conversations([long], learnt, 64)) > 2
-    assert len(chat.conversations([long, Document("", "all", "b", tuple(TALK))], learnt, 64)) == 1
+    assert len(chat.conversations([long], learnt, 80)) > 2
+    assert len(chat.conversations([long, Document("", "all", "b", tuple(TALK))], learnt, 80)) == 1

@@ -152,7 +152,7 @@ def test_tasks_render_to_prompts_and_to_supervised_conversations(drawn):
         whole, mask = chat.render(tasks.conversation(task), learnt)
         assert whole[:len(ids)].tolist() == ids.tolist()
         said = learnt.decode(whole[len(ids):], control=True)
-        assert said == f"{task.answer}<|end|>" and mask[len(ids):].all()
+        assert said == f" {task.answer}<|end|>" and mask[len(ids):].all()
 
 
 @pytest.mark.parametrize(("text", "ended", "score"), [

@@ -13,7 +13,8 @@ import types
 import typing
 from typing import Any, Literal, TypeVar
 
-SCHEMA = 1
+SCHEMA = 2
+"""of ids; 2 since keys are smeared by default"""
 
 T = TypeVar("T")
 

@@ -5,8 +5,6 @@ file, a line an object with `sentence_good` and `sentence_bad`. Chance is one ha
 """
 
 import functools
-import io
-import json
 import zipfile
 import zlib
 from pathlib import Path
@@ -18,7 +16,7 @@ import numpy as np
 from tinylm.config import BadInput
 from tinylm.evaluate.suite import rate
 from tinylm.model.decoder import ModelConfig, Params
-from tinylm.text import corpora
+from tinylm.text import lines
 from tinylm.text.tokenizer import BOS, PAD, Tokenizer
 from tinylm.train import losses
 
@@ -37,7 +35,7 @@ def read(path: Path) -> dict[str, list[Pair]]:
     """Read pairs by paradigm; BadInput names file, line and reason for anything else."""
     path = Path(path)
     if path.suffix != ".zip":
-        return {path.stem: corpora.parsed(path, _pair)}
+        return {path.stem: lines.parsed(path, _pair)}
     try:
         with zipfile.ZipFile(path) as packed:
             names = sorted(n for n in packed.namelist() if n.endswith(".jsonl")
@@ -92,21 +90,11 @@ def _logp(model: ModelConfig, params: Params, tokens: jax.Array, mask: jax.Array
 def _unpacked(packed: zipfile.ZipFile, name: str, where: str) -> list[Pair]:
     if packed.getinfo(name).file_size > LARGEST:
         raise BadInput(f"{where} unpacks to more than {LARGEST:,} bytes; give smaller files")
-    out = []
-    with packed.open(name) as raw:
-        for number, line in enumerate(io.TextIOWrapper(raw, "utf-8", errors="replace"), 1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError) as bad:
-                    raise BadInput(f"{where}:{number} is not JSON ({bad}); repair or delete that "
-                                   "line") from None
-                out.append(_pair(row, f"{where}:{number}"))
-    return out
+    return lines.parsed_text(packed.read(name).decode("utf-8", "replace"), where, _pair)
 
 
-def _pair(row: Any, where: str) -> Pair:
-    if not isinstance(row, dict) or not all(isinstance(row.get(k), str) for k in KEYS):
+def _pair(row: dict[str, Any], where: str) -> Pair:
+    if not all(isinstance(row.get(k), str) for k in KEYS):
         raise BadInput(f"{where} lacks the texts {' and '.join(KEYS)}; write both")
     good, bad = (row[k] for k in KEYS)
     return good, bad

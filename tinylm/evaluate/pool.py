@@ -8,7 +8,7 @@ import numpy as np
 from tinylm.config import BadInput
 from tinylm.evaluate import suite
 from tinylm.model.decoder import ModelConfig, Params
-from tinylm.text import tasks
+from tinylm.text.chat import read
 from tinylm.text.preferences import Ranked
 from tinylm.text.tasks import Task
 from tinylm.text.tokenizer import Tokenizer
@@ -40,17 +40,12 @@ def sampled(model: ModelConfig, params: Params, tokenizer: Tokenizer, chosen: Se
     chosen, prompts = suite.fitting(model, chosen, tokenizer, budget)
     prompts = [p for p in prompts for _ in range(responses)]
     rolled = suite.joined(suite.answered(model, params, prompts, budget, seed, 1.0), len(prompts))
-    said = [tokenizer.decode(ids) for ids in rolled.responses]
+    said = [read(ids, tokenizer) for ids in rolled.responses]
     scores = [gold(chosen[n // responses], text, bool(rolled.ended[n]))
               for n, text in enumerate(said)]
     shape = (len(chosen), responses)
     scored = np.array(scores, np.float32).reshape(shape)
     return Pool(*(a.reshape(*shape, *a.shape[1:]) for a in rolled), scored)
-
-
-def exact(task: Task, text: str, ended: bool) -> float:
-    """Give 1 for a right answer that closes its turn, else 0."""
-    return tasks.reward(task, text) * ended
 
 
 def split(pool: Pool, heldout: float) -> tuple[Pool, Pool]:

@@ -8,7 +8,7 @@ import numpy as np
 from tinylm import files
 from tinylm.model.decoder import ModelConfig, Params
 from tinylm.model.generate import sample
-from tinylm.text.chat import render
+from tinylm.text.chat import read, render
 from tinylm.text.tokenizer import BOS, END, Tokenizer
 
 PROMPTS = (
@@ -32,10 +32,11 @@ def write(path: Path, model: ModelConfig, base: Params, chat: Params,
     plain = [np.concatenate([[BOS], tokenizer.encode(p)]) for p in PROMPTS]
     asked = [render([("user", p)], tokenizer, prompt=True)[0] for p in PROMPTS]
     out: list[dict[str, Any]] = []
-    for name, params, prompts in (("base", base, plain), ("chat", chat, asked)):
+    for name, params, prompts, told in (("base", base, plain, tokenizer.decode),
+                                        ("chat", chat, asked, lambda ids: read(ids, tokenizer))):
         found = sample(model, params, prompts * EACH, LONGEST, seed=0, temperature=0.8)
         for n, ids in enumerate(found):
             out.append({"model": name, "prompt": PROMPTS[n % len(PROMPTS)],
-                        "text": tokenizer.decode(ids), "tokens": len(ids),
+                        "text": told(ids), "tokens": len(ids),
                         "ended": bool(len(ids) and ids[-1] == END)})
     files.write_json(path, {"samples": out})

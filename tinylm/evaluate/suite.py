@@ -6,7 +6,7 @@ temperature 1, the KL exact over the whole vocabulary at every token.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +18,8 @@ from tinylm import machine
 from tinylm.config import BadInput, require
 from tinylm.evaluate.rates import share, win_rate
 from tinylm.model.decoder import ModelConfig, Params
-from tinylm.text import tasks
-from tinylm.text.chat import render
+from tinylm.text import rubric, tasks
+from tinylm.text.chat import read, render
 from tinylm.text.tasks import Task
 from tinylm.text.tokenizer import Tokenizer
 from tinylm.train import step
@@ -95,24 +95,25 @@ def joined(parts: Sequence[Rollout], count: int) -> Rollout:
     return Rollout(*(np.concatenate([part[i] for part in parts])[:count] for i in range(4)))
 
 
-def golds(chosen: Sequence[Task], rolled: Rollout, tokenizer: Tokenizer) -> np.ndarray:
-    """Give each task's reward, 0 where the answer does not close its turn."""
-    said = [tokenizer.decode(ids) for ids in rolled.responses]
-    right = [tasks.reward(t, text) for t, text in zip(chosen, said, strict=True)]
-    return np.array(right, np.float32) * rolled.ended
+def golds(chosen: Sequence[Task], rolled: Rollout, tokenizer: Tokenizer,
+          grade: Callable[[Task, str, bool], float] = rubric.exact) -> np.ndarray:
+    """Give each task's exact reward, or another grade of its answer and whether that ended."""
+    said = [read(ids, tokenizer) for ids in rolled.responses]
+    return np.array([grade(*of) for of in zip(chosen, said, rolled.ended > 0, strict=True)],
+                    np.float32)
 
 
 def table_row(config: SuiteConfig, model: ModelConfig, params: Params, ref: Params,
               tokenizer: Tokenizer) -> tuple[dict[str, Any], np.ndarray]:
-    """Measure a model on the suite; give its row and the reward of every task.
+    """Measure a model on the suite; give its row and the rubric's grades of plain sentences.
 
     `ref` is what KL is measured against, the tuned model that the others came from.
     """
     every = drawn(config)
     chosen, prompts = fitting(model, every, tokenizer, config.budget)
     rolled = joined(answered(model, params, prompts, config.budget), len(prompts))
-    gold = golds(chosen, rolled, tokenizer)
-    said = [tokenizer.decode(ids) for ids in rolled.responses]
+    gold, grades = (golds(chosen, rolled, tokenizer, by) for by in (rubric.exact, rubric.graded))
+    said = [read(ids, tokenizer) for ids in rolled.responses]
     kept = np.array([tasks.obeyed(t, text) is not None for t, text in zip(chosen, said,
                                                                           strict=True)])
     ruled = np.array([t.rule != "plain" for t in chosen])
@@ -125,6 +126,7 @@ def table_row(config: SuiteConfig, model: ModelConfig, params: Params, ref: Para
     return {"tasks": len(chosen), "too_long": len(every) - len(chosen),
             "tasks_id": tasks.tasks_id(every), "split": config.split,
             "exact": rows, "macro": float(np.mean([row["rate"] for row in rows.values()])),
+            "grade": float(grades[plain["sentence"]].mean()),
             "micro": rate(gold[~ruled]), "obeyed": rate((kept * rolled.ended)[ruled]),
             "rules_and_answers": rate(gold[ruled]), "stops": rate(rolled.ended),
             "leaks": rate(rolled.leaked),
@@ -132,11 +134,12 @@ def table_row(config: SuiteConfig, model: ModelConfig, params: Params, ref: Para
             "repeats": rate(np.array([repeats(ids) for ids in rolled.responses], np.float32)),
             "length_tokens": float(rolled.mask.sum(1).mean()),
             "kl_nats": float((found.kl * some.mask).sum(1).mean()),
-            "entropy_nats": float((found.entropy * some.mask).sum() / count)}, gold
+            "entropy_nats": float((found.entropy * some.mask).sum() / count)
+            }, grades[plain["sentence"]]
 
 
 def wins(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
-    """Give the rate at which one model's rewards beat another's on the same tasks, ties half."""
+    """Give the rate at which one model's grades beat another's on the same tasks, ties half."""
     found = win_rate(jnp.asarray(ours), jnp.asarray(theirs), jnp.ones(len(ours)))
     return {"rate": float(found.rate), "low95": float(found.low), "high95": float(found.high)}
 

@@ -26,6 +26,7 @@ class Shape(NamedTuple):
     F: int  # mlp width; gated, so three matrices
     T: int  # context, tokens
     tied: bool  # the head shares the embedding's table
+    smear: bool = False  # a share by channel of the key before, in each layer's keys
 
 
 class Parameters(NamedTuple):
@@ -91,9 +92,9 @@ REFERENCES = (
 
 
 def parameters(shape: Shape) -> Parameters:
-    """Count the parameters, norm gains included (two a block, one each on q and k, one final)."""
+    """Count the parameters, norm gains (two a block, one each on q and k, one final) included."""
     s = shape
-    gains = 2 * s.D + 2 * s.K
+    gains = 2 * s.D + 2 * s.K + s.smear * s.G * s.K
     table = s.V * s.D
     return Parameters(0 if s.tied else table, table, s.L * (_block_matrices(s) + gains) + s.D)
 

@@ -10,7 +10,8 @@ COLUMNS = (("exact (macro)", lambda r: f"{r['macro']:.1%}"),
            ("repeats", lambda r: rate(r["repeats"])),
            ("obeys the system", lambda r: rate(r["obeyed"])),
            ("obeys and is right", lambda r: rate(r["rules_and_answers"])),
-           ("wins", lambda r: rate(r["wins"])),
+           ("grade of sentences", lambda r: f"{r['grade']:.3f}"),
+           ("sentences that win", lambda r: rate(r["wins"])),
            ("bits a byte", lambda r: f"{r['bits_per_byte']:.4f}"),
            ("KL, nats", lambda r: f"{r['kl_nats']:.3f}"),
            ("entropy, nats", lambda r: f"{r['entropy_nats']:.3f}"),
@@ -20,11 +21,11 @@ COLUMNS = (("exact (macro)", lambda r: f"{r['macro']:.1%}"),
 def table(rows: dict[str, dict[str, Any]]) -> str:
     """Lay the suite's rows out, a column a run; wins and KL are against the first."""
     names, wide = list(rows), 24
-    lines = [" " * 20 + "".join(name[-wide + 2:].rjust(wide) for name in names)]
-    lines += [title.ljust(20) + "".join(show(rows[name]).rjust(wide) for name in names)
+    lines = [" " * 22 + "".join(name[-wide + 2:].rjust(wide) for name in names)]
+    lines += [title.ljust(22) + "".join(show(rows[name]).rjust(wide) for name in names)
               for title, show in COLUMNS]
     families = rows[names[0]]["exact"]
-    lines += [f"  {family}".ljust(20) + "".join(
+    lines += [f"  {family}".ljust(22) + "".join(
         rate(rows[name]["exact"][family]).rjust(wide) for name in names) for family in families]
     return "\n".join([*lines, "rates with 95% intervals; wins and KL against the first column"])
 

@@ -283,7 +283,7 @@ def every_run(study: Study) -> str:
 def times(study: Study) -> str:
     """Say how long each stage took, and on what the processes that trained spent their time."""
     rows = []
-    for name in ("tuning", "position", "sweep", "target", "chat"):
+    for name in ("tuning", "position", "sweep", "target", "chat", "reward", "policy"):
         seconds = spent(study.folder / name)
         if seconds["wall"]:
             rows.append((name, f"{seconds['wall']:.0f}",

@@ -1,6 +1,8 @@
 """Causal scaled dot-product attention with grouped heads, query-key norm and a key/value cache.
 
-weights[t, s] = softmax_s(q_t . k_s / sqrt(K)) over the s that t may see; output = weights v.
+weights[t, s] = softmax_s(q_t . k_s / sqrt(K)) over the s that t may see; output = weights v. Keys
+are smeared (2209.11895): to each a learnt share of the key before it is added, by channel, so that
+one layer can look for what followed a token's last occurrence, and a small model learns to copy.
 """
 
 from typing import NamedTuple
@@ -23,13 +25,20 @@ class KeyValue(NamedTuple):
 
     k: Float[Array, "B G S K"]
     v: Float[Array, "B G S K"]
+    last: Float[Array, "B G 1 K"]
+    """the newest key before it was smeared"""
+
+
+def empty(B: int, G: int, S: int, K: int) -> KeyValue:
+    """Give a cache of S positions that holds nothing yet."""
+    return KeyValue(*(jnp.zeros((B, G, some, K)) for some in (S, S, 1)))
 
 
 class Attention(nnx.Module):
     """Project, normalise, rotate, attend, project back. `stack` adds leading layer axes."""
 
-    def __init__(self, D: int, H: int, G: int, K: int, stack: tuple[int, ...], dtype: jnp.dtype,
-                 draw: Draw):
+    def __init__(self, D: int, H: int, G: int, K: int, smear: bool, stack: tuple[int, ...],
+                 dtype: jnp.dtype, draw: Draw):
         self.dtype = dtype
         self.q_proj = param(draw, (*stack, D, H, K), D**-0.5)
         self.k_proj = param(draw, (*stack, D, G, K), D**-0.5)
@@ -37,28 +46,33 @@ class Attention(nnx.Module):
         self.o_proj = nnx.Param(jnp.zeros((*stack, H, K, D), jnp.float32))
         self.q_norm = RMSNorm((*stack, K))
         self.k_norm = RMSNorm((*stack, K))
+        self.k_smear = nnx.Param(jnp.zeros((*stack, G, K), jnp.float32)) if smear else None
 
     def __call__(
         self,
         x: Float[Array, "B T D"],
         turn: Rotation,
         visible: Bool[ArrayLike, "#B T S"],
+        follows: Bool[ArrayLike, "#B T"],
         cache: KeyValue | None = None,
         start: Array | int = 0,
         fused: bool = False,
     ) -> tuple[Float[Array, "B T D"], KeyValue]:
         """Attend from x to itself, or to the cache with x's keys written at `start`.
 
-        `fused` takes the library's attention (see `by_library`) instead of ours.
+        `follows` is where a token has one before it in its sequence. `fused` takes the library's
+        attention (see `by_library`) instead of ours.
         """
         q, k, v = self.project(x, turn)
+        last = k[:, :, -1:]
+        k = self.smeared(k, follows, None if cache is None else cache.last)
         if cache is not None:
             k = jax.lax.dynamic_update_slice_in_dim(cache.k, k, start, 2)
             v = jax.lax.dynamic_update_slice_in_dim(cache.v, v, start, 2)
         mixed = (by_library(q, k, v, visible, self.dtype) if fused else
                  attend(q, k, v, visible))
         out = product("bthk,hkd->btd", mixed, self.o_proj[...], self.dtype)
-        return out, KeyValue(k, v)
+        return out, KeyValue(k, v, last)
 
     def project(
         self, x: Float[Array, "B T D"], turn: Rotation
@@ -69,6 +83,17 @@ class Attention(nnx.Module):
         k_BTGK = rotate(self.k_norm(k), turn)
         return (rotate(self.q_norm(q), turn), k_BTGK.transpose(0, 2, 1, 3),
                 v_BTGK.transpose(0, 2, 1, 3))
+
+    def smeared(
+        self, k: Float[Array, "B G T K"], follows: Bool[ArrayLike, "#B T"],
+        last: Float[Array, "B G 1 K"] | None = None,
+    ) -> Float[Array, "B G T K"]:
+        """Add to each key its share of the key before it; `last` is the one before the first."""
+        if self.k_smear is None:
+            return k
+        last = jnp.zeros_like(k[:, :, :1]) if last is None else last
+        before = jnp.concatenate([last, k[:, :, :-1]], axis=2)
+        return k + self.k_smear[...][:, None] * jnp.where(follows[:, None, :, None], before, 0.0)
 
 
 def attend(

@@ -29,10 +29,10 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """Attention and MLP with their norms; parameters of all layers are stacked by `stack`."""
 
-    def __init__(self, D: int, H: int, G: int, K: int, F: int, stack: tuple[int, ...],
-                 dtype: jnp.dtype, draw: Draw):
+    def __init__(self, D: int, H: int, G: int, K: int, F: int, smear: bool,
+                 stack: tuple[int, ...], dtype: jnp.dtype, draw: Draw):
         self.input_layernorm = RMSNorm((*stack, D))
-        self.self_attn = Attention(D, H, G, K, stack, dtype, draw)
+        self.self_attn = Attention(D, H, G, K, smear, stack, dtype, draw)
         self.post_attention_layernorm = RMSNorm((*stack, D))
         self.mlp = MLP(D, F, stack, dtype, draw)
 
@@ -41,11 +41,13 @@ class Block(nnx.Module):
         x: Float[Array, "B T D"],
         turn: Rotation,
         visible: Bool[ArrayLike, "#B T S"],
+        follows: Bool[ArrayLike, "#B T"],
         cache: KeyValue | None = None,
         start: Array | int = 0,
         fused: bool = False,
     ) -> tuple[Float[Array, "B T D"], KeyValue]:
         """Add attention's and the MLP's output to the residual stream."""
-        mixed, kept = self.self_attn(self.input_layernorm(x), turn, visible, cache, start, fused)
+        mixed, kept = self.self_attn(self.input_layernorm(x), turn, visible, follows, cache, start,
+                                     fused)
         x = x + mixed
         return x + self.mlp(self.post_attention_layernorm(x)), kept

@@ -38,13 +38,14 @@ def capture(config: ModelConfig, params: Params, tokens: Integer[np.ndarray, "T"
 @functools.partial(jax.jit, static_argnums=0)
 def _capture(config, params, tokens):
     model, index = rebuild(config, params), np.arange(len(tokens))
-    visible = (index[:, None] >= index[None, :])[None]
+    visible, follows = (index[:, None] >= index[None, :])[None], index[None] > 0
     turn = rotation(index[None], config.T, config.head_width, config.rope_theta)
     x = model.embed_tokens(tokens[None])
     kept = []
     for block in model.blocks():
         q, k, _ = block.self_attn.project(block.input_layernorm(x), turn)
+        k = block.self_attn.smeared(k, follows)
         weights_HTS = weigh(q, k, visible)[0].reshape(config.H, len(tokens), len(tokens))
         kept.append((q[0], k[0], weights_HTS))
-        x, _ = block(x, turn, visible)
+        x, _ = block(x, turn, visible, follows)
     return Insides(*map(jnp.stack, zip(*kept, strict=True)), model.head(x)[0])

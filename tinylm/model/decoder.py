@@ -56,6 +56,8 @@ class ModelConfig:
     """what the operands of matrix products are rounded to; all else and all sums are float32"""
     rope_theta: float = 10000.0
     """base of the rotary wavelengths"""
+    smear: bool = True
+    """a key holds a learnt share of the key before it"""
 
     def __post_init__(self):
         most = {"V": 65536, "D": 1e6, "L": 1000, "H": 1e6, "T": 1e6}  # V: what a token file holds
@@ -104,7 +106,7 @@ class ModelConfig:
         dense = not neural and self.D >= self.V
         layers, D = self.L if neural else 0, self.L if dense else self.D
         return Shape(V=self.V, D=D, L=layers, H=self.H, G=self.groups, K=self.head_width,
-                     F=self.mlp_width, T=self.T, tied=self.tied)
+                     F=self.mlp_width, T=self.T, tied=self.tied, smear=self.smear)
 
 
 class Decoder(nnx.Module):
@@ -113,7 +115,7 @@ class Decoder(nnx.Module):
     def __init__(self, c: ModelConfig, draw: Draw):
         self.config = c
         self.embed_tokens = Embedding(c.V, c.D, c.dtype, draw)
-        self.layers = Block(c.D, c.H, c.groups, c.head_width, c.mlp_width, (c.L,),
+        self.layers = Block(c.D, c.H, c.groups, c.head_width, c.mlp_width, c.smear, (c.L,),
                             c.dtype, draw)
         self.norm = RMSNorm((c.D,))
         if not c.tied:
@@ -142,15 +144,16 @@ class Decoder(nnx.Module):
         T = tokens.shape[1]
         index = np.arange(T)
         visible = (index[:, None] >= index[None, :])[None]
-        positions = index[None]
+        positions, follows = index[None], index[None] > 0
         if segments is not None:
             visible = visible & (segments[:, :, None] == segments[:, None, :])
             fresh = jnp.diff(segments, axis=1, prepend=-1) != 0
+            follows = ~fresh
             positions = index[None] - jax.lax.cummax(jnp.where(fresh, index[None], 0), axis=1)
         turn, x = self._begin(tokens, positions)
 
         def layer(x: Float[Array, "B T D"], block: Block) -> tuple[Float[Array, "B T D"], None]:
-            return block(x, turn, visible, fused=plan.fused)[0], None
+            return block(x, turn, visible, follows, fused=plan.fused)[0], None
 
         layer = jax.checkpoint(layer) if plan.remat else layer
         if not plan.unroll:
@@ -179,7 +182,7 @@ class Decoder(nnx.Module):
         turn, x = self._begin(tokens, positions)
         fresh = []
         for block, old in zip(blocks, cache, strict=True):
-            x, new = block(x, turn, visible, old, start)
+            x, new = block(x, turn, visible, slots[None] > begin[:, None], old, start)
             fresh.append(new)
         return self.head(x), tuple(fresh)
 

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from tinylm.config import BadInput, require
-from tinylm.model.attention import KeyValue
+from tinylm.model.attention import KeyValue, empty
 from tinylm.model.decoder import ModelConfig, Params, rebuild
 
 CONTROL = 6
@@ -62,8 +62,7 @@ def prefill(config: ModelConfig, params: Params, prompts: Sequence[np.ndarray],
 def _prefill(config: ModelConfig, params: Params, rows: Array, begin: Array,
              slots: int) -> Decoding:
     B = rows.shape[0]
-    shape = (B, config.groups, slots, config.head_width)
-    cache = [KeyValue(jnp.zeros(shape), jnp.zeros(shape)) for _ in range(config.L)]
+    cache = [empty(B, config.groups, slots, config.head_width) for _ in range(config.L)]
     model = rebuild(config, params)
     logits, cache = model.extend(model.blocks(), rows, cache, jnp.int32(0), begin)
     return Decoding(cache, logits[:, -1], jnp.int32(rows.shape[1]), begin, jnp.zeros(B, bool))

@@ -27,6 +27,8 @@ HELD = 2000
 """rows of held-out conversations to pack, about"""
 PROBED = 128
 """of these that are looked at while training"""
+TALKS = 0.25
+"""rows of a corpus's conversations for one of tasks, where there are enough"""
 CHARACTERS = 6
 """a token at most, on average"""
 
@@ -162,19 +164,21 @@ def _pack(documents: list[Document], tokenizer: Tokenizer, T: int, rows: int) ->
     return pack(conversations(documents, tokenizer, T), T)
 
 
-def with_tasks(packed: list[Packed], count: int, tokenizer: Tokenizer, T: int,
-               seed: int) -> list[Packed]:
+def with_tasks(packed: list[Packed], count: int, tokenizer: Tokenizer, T: int, seed: int,
+               talks: float = TALKS) -> list[Packed]:
     """Mix generated tasks (text/tasks.py, of training's split) with conversations.
 
-    In both splits tasks are half of the rows or more: surplus conversations are left out.
+    Of the conversations at most `talks` times as many rows are kept as the tasks fill, in both
+    splits.
     """
     chosen = tasks.mixed("train", seed, count)
-    talks = [render(tasks.conversation(t), tokenizer) for t in chosen]
+    rendered = [render(tasks.conversation(t), tokenizer) for t in chosen]
     held = max(1, count // 25)
     out = []
-    for side, part in zip(packed, (talks[held:], talks[:held]), strict=True):
+    for side, part in zip(packed, (rendered[held:], rendered[:held]), strict=True):
         asked = pack(part, T)
-        few = Packed(*(of[:len(asked.tokens)] for of in side[:3]), side.dropped)
+        most = min(len(side.tokens), talks * len(asked.tokens))
+        few = Packed(*(of[:math.ceil(most)] for of in side[:3]), side.dropped)
         out.append(joined([few, asked], seed))
     return out
 

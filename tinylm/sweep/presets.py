@@ -72,8 +72,8 @@ class Study:
     ranked: int = 0
     """tasks whose sampled answers a reward model is trained on"""
     policy: Dials | None = None
-    """of policy optimisation against the exact reward of `family`; none: no alignment"""
-    family: str = "list"
+    """of policy optimisation against that reward model; none: no alignment"""
+    family: str = "sentence"
     """of the tasks that are ranked and optimised"""
     asked: int = 50
     """tasks a family in the table of base, tuned and optimised model"""
@@ -95,8 +95,10 @@ SMOKE = Study(
 LAPTOP = Study(
     name="laptop", budgets=(1.5e11, 3.6e11, 8.6e11, 2e12, 4.8e12), target=2.4e13,
     widths=(8, 12, 16, 20, 24, 28, 32, 36, 40, 48, 56, 64, 72, 80, 96, 112, 128, 144, 160),
-    base=ModelConfig(V=2048, rope_theta=1e3), spread=3.0, tuning=(2e11, 6e11, 2e12),
-    position_flops=1e12, sft_steps=1000)
+    base=ModelConfig(V=2048, rope_theta=1e3), per_budget=6, spread=3.0,
+    tuning=(1.5e11, 4.8e11, 1.5e12), position_flops=1e12,
+    sft=OptimConfig(kind="muon", lr=1.7e-2, decay=1.0), sft_steps=1400, sft_tasks=40000,
+    replay=0.25, ranked=600, policy=Dials(optim=OptimConfig(lr=3e-3, decay=1.0), rollouts=30))
 
 # Not yet run whole. Overnight's rate is the laptop's by the square root of the batches' ratio;
 # accelerator's stays below what that would give, 5.6e-2.

@@ -3,18 +3,21 @@
     <|bos|> [<|system|> S <|end|>] (<|user|> U <|end|> <|assistant|> A <|end|>)+
 
 Ids are built from ids: the text between control ids is encoded as ordinary text, so no message can
-forge a turn. The loss covers what the assistant says and its <|end|>, nothing else.
+forge a turn. A message stands behind a space: its first word then has the ids that it has within a
+sentence, and to repeat a word is to repeat its ids. The loss covers what the assistant says and its
+<|end|>, nothing else.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from tinylm.config import BadInput
-from tinylm.text.corpora import Document, Refused, check_roles, parsed, turns
+from tinylm.text.corpora import Document
+from tinylm.text.lines import Refused, check_roles, parsed, turns
 from tinylm.text.tokenizer import ASSISTANT, BOS, END, PAD, SYSTEM, USER, Tokenizer
 
 Messages = Sequence[tuple[str, str]]
@@ -43,7 +46,7 @@ def render(messages: Messages, tokenizer: Tokenizer,
         raise BadInput(f"the prompt ends with role {messages[-1][0]!r}; end with a user message")
     ids, mask = [np.array([BOS], np.int32)], [np.zeros(1, np.float32)]
     for role, text in messages:
-        said = tokenizer.encode(text)
+        said = written(text, tokenizer)
         ids.append(np.concatenate([[ROLE[role]], said, [END]]).astype(np.int32))
         mask.append(np.full(len(said) + 2, role == "assistant", np.float32))
         mask[-1][0] = 0
@@ -51,6 +54,16 @@ def render(messages: Messages, tokenizer: Tokenizer,
         ids.append(np.array([ASSISTANT], np.int32))
         mask.append(np.zeros(1, np.float32))
     return np.concatenate(ids), np.concatenate(mask)
+
+
+def written(text: str, tokenizer: Tokenizer) -> np.ndarray:
+    """Give the ids (int32) of a message's text, behind a space unless it is empty."""
+    return tokenizer.encode(text and f" {text}")
+
+
+def read(ids: Iterable[int], tokenizer: Tokenizer) -> str:
+    """Give the text of a message's ids: `read(written(text))` is the text."""
+    return tokenizer.decode(ids).removeprefix(" ")
 
 
 def read_jsonl(path: Path,

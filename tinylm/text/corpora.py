@@ -1,27 +1,18 @@
 """Text in: the default corpus or any files, as documents in a fixed order with a held-out split."""
 
-import bz2
-import codecs
-import gzip
 import importlib.util
 import itertools
 import json
-import lzma
-import math
 import re
-import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from tinylm import files
 from tinylm.config import BadInput, digest
+from tinylm.text.lines import OPENERS, parsed, text_of, turns
 
-Row = TypeVar("Row")
-OPENERS = {".gz": gzip.decompress, ".bz2": bz2.decompress, ".xz": lzma.decompress}
-WIDE = {"UTF-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
-        "UTF-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)}
 SUPPORTED = ".txt, .jsonl (each also .gz, .bz2, .xz) and .parquet"
 FEWEST_CHARACTERS = 2_000
 FEWEST_DOCUMENTS = 20
@@ -88,77 +79,6 @@ def load(paths: Sequence[str | Path] = (), field: str = "text", heldout: float =
         raise BadInput(f"{names} is one document or repeats one text; give at least two different "
                        "ones, so that one can be held out")
     return Corpus(train, held, count - len(unique), read)
-
-
-class Refused(NamedTuple):
-    """A line that was left out."""
-
-    where: str  # file:line
-    reason: str
-    line: str
-
-
-def parsed(path: Path, parse: Callable[[dict[str, Any], str], Row],
-           refused: list[Refused] | None = None) -> list[Row]:
-    """Parse the object of each line of a .jsonl file, given "file:line" too; skip blank lines.
-
-    A line that is refused raises, or joins `refused` if there is such a list.
-    """
-    out = []
-    for number, line in enumerate(_text(Path(path)).split("\n"), 1):
-        where = f"{path}:{number}"
-        try:
-            if line.strip():
-                out.append(parse(_object(line, where), where))
-        except BadInput as bad:
-            if refused is None:
-                raise
-            refused.append(Refused(where, str(bad), line))
-    return out
-
-
-def _object(line: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line, parse_constant=_finite, parse_float=_finite)
-    except RecursionError:
-        raise BadInput(f"{where} is nested too deeply; flatten that line") from None
-    except ValueError as bad:
-        raise BadInput(f"{where} is not JSON ({bad}); repair or delete that line") from None
-    if not isinstance(row, dict):
-        raise BadInput(f"{where} is a {type(row).__name__}, not an object; write {{...}}")
-    return row
-
-
-def turns(row: dict[str, Any], where: str) -> tuple[tuple[str, str], ...]:
-    """Check a row's `messages` and return them as (role, text); BadInput names `where`."""
-    messages = row.get("messages", ())
-    if not isinstance(messages, list) or not messages:
-        raise BadInput(f"{where} has no list of messages; give "
-                       '{"messages": [{"role": "user", "content": "..."}, ...]}')
-    out = []
-    for n, message in enumerate(messages, 1):
-        if (not isinstance(message, dict) or set(message) != {"role", "content"}
-                or not all(isinstance(text, str) for text in message.values())):
-            raise BadInput(f"{where} message {n} must be an object with the strings role and "
-                           "content and nothing else")
-        if not message["content"].strip():
-            raise BadInput(f"{where} message {n} is empty; give it text or delete it")
-        out.append((message["role"], message["content"]))
-    check_roles(out, where)
-    return tuple(out)
-
-
-def check_roles(messages: Sequence[tuple[str, str]], where: str) -> None:
-    """Refuse roles other than an optional system, then user and assistant in turn."""
-    roles = [role for role, _ in messages]
-    start = 1 if roles[:1] == ["system"] else 0
-    if len(roles) == start:
-        raise BadInput(f"{where} has no user message; start with one")
-    for n, role in enumerate(roles[start:]):
-        want = ("user", "assistant")[n % 2]
-        if role != want:
-            raise BadInput(f"{where} message {n + start + 1} has role {role!r}; it must be {want} "
-                           "(system may come first, then user and assistant alternate)")
 
 
 def utf8(text: str) -> bytes:
@@ -239,7 +159,7 @@ def _of_files(paths: Sequence[str | Path], field: str) -> list[tuple[str, list[D
         elif kind == ".jsonl":
             texts = parsed(path, lambda row, where: _of_row(where, row, field))
         else:
-            texts = [(_text(path), ())]
+            texts = [(text_of(path), ())]
         part = [Document(t, name, _sha(t), m) for t, m in texts if t.strip()]
         if not part:
             raise BadInput(f"{path} holds no text but white space; give a file with text")
@@ -254,34 +174,6 @@ def _suffix(path: Path) -> str:
         raise BadInput(f"{path} ends in {''.join(path.suffixes) or 'nothing'}; "
                        f"supported are {SUPPORTED}")
     return kind
-
-
-def _text(path: Path) -> str:
-    try:
-        data = path.read_bytes()
-    except OSError as bad:
-        raise BadInput(f"{path} cannot be read ({bad.strerror}); check its name") from None
-    if (packing := path.suffix.lower()) in OPENERS:
-        try:
-            data = OPENERS[packing](data)
-        except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as bad:
-            raise BadInput(f"{path} is not a whole {path.suffix} file ({bad}); "
-                           "rename or download it again") from None
-    if not data.strip():
-        raise BadInput(f"{path} is empty or white space only; give a file with text")
-    for name, marks in WIDE.items():  # UTF-32 first: its little-endian mark begins with UTF-16's
-        if data.startswith(marks):
-            raise BadInput(f"{path} is {name}; convert it, for example with "
-                           f"iconv -f {name} -t UTF-8")
-    if b"\0" in data:
-        raise BadInput(f"{path} has a NUL byte at offset {data.index(0)}, so it is binary; "
-                       "give UTF-8 text")
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as bad:
-        raise BadInput(f"{path} is not UTF-8 at byte {bad.start}; convert it, for example with "
-                       "iconv -t UTF-8") from None
-    return text.replace("\r\n", "\n")
 
 
 def _of_row(where: str, row: dict[str, Any], field: str) -> tuple[str, tuple]:
@@ -371,9 +263,3 @@ def _sha(text: str) -> str:
 def _row(name: str, documents: list[Document]) -> dict[str, Any]:
     return {"name": name, "documents": len(documents),
             "bytes": sum(len(utf8(d.text)) for d in documents)}
-
-
-def _finite(text: str) -> float:
-    if not math.isfinite(float(text)):
-        raise ValueError(f"{text} is not a finite number")
-    return float(text)

@@ -8,8 +8,8 @@ import numpy as np
 
 from tinylm import files
 from tinylm.config import BadInput, digest
-from tinylm.text.chat import render
-from tinylm.text.corpora import Refused, parsed, turns
+from tinylm.text.chat import render, written
+from tinylm.text.lines import Refused, parsed, turns
 from tinylm.text.tokenizer import END, PAD, Tokenizer
 
 SHAPES = ('{"prompt": "..." or "messages": [...], and either "chosen": "...", "rejected": "..." '
@@ -45,7 +45,7 @@ def ranked(preferences: Sequence[Preference], tokenizer: Tokenizer,
     kept = []
     for one in preferences:
         asked = render(one.messages, tokenizer, prompt=True)[0]
-        said = [np.append(tokenizer.encode(text), END) for text in one.responses]
+        said = [np.append(written(text, tokenizer), END) for text in one.responses]
         if len(said := [ids for ids in said if len(asked) + len(ids) <= T + 1]) > 1:
             kept.append((asked, said))
     if not kept:

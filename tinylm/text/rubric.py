@@ -1,4 +1,6 @@
-"""A graded rubric for free sentences: the gold that a learnt reward model only imitates.
+"""What an answer is worth: exactly, or by a graded rubric for free sentences.
+
+The rubric is the gold that a learnt reward model only imitates.
 
     gold = 2 x share of needed words + 1 for one sentence + style - length - repetition
 
@@ -10,7 +12,7 @@ over-optimisation measurable (Gao et al., 2210.10760).
 
 import re
 
-from tinylm.text.tasks import ADJECTIVES, LONGEST_SENTENCE, Task, obeyed
+from tinylm.text.tasks import ADJECTIVES, LONGEST_SENTENCE, Task, obeyed, reward
 
 STYLED = 2  # adjectives that are worth something
 
@@ -30,3 +32,13 @@ def gold(task: Task, text: str, ended: bool) -> float:
     over = 0.1 * max(0, len(words) - LONGEST_SENTENCE)
     again = 0.25 * max(0, len(words) - len(set(words)) - 1)
     return 2 * needed + float(one) + style - over - again
+
+
+def exact(task: Task, text: str, ended: bool) -> float:
+    """Give 1 for a right answer that closes its turn, else 0."""
+    return reward(task, text) * ended
+
+
+def graded(task: Task, text: str, ended: bool) -> float:
+    """Give `gold` where a task needs words, else `exact`."""
+    return gold(task, text, ended) if task.needs else exact(task, text, ended)

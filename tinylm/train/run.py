@@ -17,7 +17,7 @@ from tinylm import config as configs
 from tinylm import files, machine
 from tinylm.config import BadInput
 
-SCHEMA = 1
+SCHEMA = 2
 
 METRICS = {
     "step": "optimiser steps done",
@@ -49,7 +49,7 @@ def settle(folder: Path, config: Any, kind: str, plan: machine.Plan, text: Path)
     place = folder / "config.json"
     if place.exists():
         finished = (folder / "record.json").exists()
-        begun = files.read_json(place)  # before some fields were there, perhaps
+        begun = _current(files.read_json(place))  # before some fields were there, perhaps
         begun["config"] = configs.to_json(configs.from_json(type(config), begun["config"]))
         _same(place, begun, mine, ("kind", "config") if finished else
               ("kind", "config", "versions", "code_id"))
@@ -70,17 +70,25 @@ def planned(folder: Path) -> machine.Plan | None:
 
 
 def record(folder: Path) -> dict[str, Any] | None:
-    """Return a finished run's record, or None; a newer schema raises BadInput."""
+    """Return a finished run's record, or None; an unknown schema raises BadInput."""
     place = Path(folder) / "record.json"
     if not place.exists():
         return None
     found = files.read_json(place)
     if not {"schema", "id", "config", "loss"} <= set(found):
         raise files.Damaged(f"{place} is no record of ours; delete it and train again")
-    if found["schema"] != SCHEMA:
+    if found["schema"] not in (1, SCHEMA):
         raise BadInput(f"{place} has schema {found['schema']!r}, this tinylm reads {SCHEMA}; "
                        "update tinylm")
-    return found
+    return _current(found)
+
+
+def _current(record: dict[str, Any]) -> dict[str, Any]:
+    """Give an older record as one of today's; models of schema 1 do not smear keys."""
+    if record["schema"] == SCHEMA or "model" not in record["config"]:
+        return record
+    model = {"smear": False, **record["config"]["model"]}
+    return {**record, "config": {**record["config"], "model": model}}
 
 
 def finish(folder: Path, config: Any, kind: str, status: str, **facts: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from tinylm.model.decoder import ModelConfig
 from tinylm.stages import dpo as preferring
 from tinylm.stages import policy as policies
 from tinylm.stages import reward as judging
-from tinylm.text import preferences, tasks
+from tinylm.text import preferences, rubric, tasks
 from tinylm.text.preferences import Ranked
 from tinylm.text.tokenizer import Tokenizer
 from tinylm.train import checkpoint
@@ -27,7 +27,7 @@ from tinylm.verbs import folders, models
 
 
 def reward(parent: Positional[Path], out: Path, data: tuple[Path, ...] = (), sampled: int = 0,
-           family: tuple[str, ...] = ("list",), responses: int = 4, sharpness: float = 4.0,
+           family: tuple[str, ...] = ("sentence",), responses: int = 4, sharpness: float = 4.0,
            budget: int = 32, heldout: float = 0.1,
            optim: OptimConfig = OptimConfig(lr=5e-4, decay=1.0),  # noqa: B008
            steps: int = 0, prompts: int = 16, center: float = 0.0, seed: int = 0,
@@ -38,10 +38,11 @@ def reward(parent: Positional[Path], out: Path, data: tuple[Path, ...] = (), sam
         parent: folder of the run that is given a head
         out: folder of the new run
         data: .jsonl files of {"prompt" or "messages", and "chosen", "rejected" or "responses"}
-        sampled: without data: tasks a family to which the parent's own responses are ranked
+        sampled: without data: tasks a family to which the parent's own responses are ranked, by a
+            graded rubric where they ask for a sentence, by the exact answer elsewhere
         family: of those tasks
         responses: sampled for each
-        sharpness: a pair is labelled right with p = sigmoid(sharpness x gap of exact rewards)
+        sharpness: a pair is labelled right with p = sigmoid(sharpness x gap of those grades)
         budget: tokens of a sampled response at most
         heldout: share of the rows, whole prompts, that judge it
         optim: the optimiser and its schedule
@@ -66,7 +67,7 @@ def reward(parent: Positional[Path], out: Path, data: tuple[Path, ...] = (), sam
         require("sharpness", sharpness, 0, math.inf)
         chosen = _tasks(family, "train", sampled, seed)
         drawn = pool.sampled(model, checkpoint.final_params(parent, model), learnt, chosen,
-                             responses, budget, pool.exact, seed)
+                             responses, budget, rubric.graded, seed)
         (train, _), (held, ceiling) = (pool.labelled(side, sharpness, seed)
                                        for side in pool.split(drawn, heldout))
     steps = steps or max(1, len(train.tokens) // prompts)
@@ -117,7 +118,7 @@ def dpo(parent: Positional[Path], out: Path, data: tuple[Path, ...], heldout: fl
 
 
 def ppo(parent: Positional[Path], out: Path, reward: Path | None = None,
-        family: tuple[str, ...] = ("list",), count: int = 2000, text: Path | None = None,
+        family: tuple[str, ...] = ("sentence",), count: int = 2000, text: Path | None = None,
         json: bool = False,
         policy: policies.Dials = policies.Dials()) -> None:  # noqa: B008
     """Optimise a tuned run's policy with a value model (PPO), against a rubric or a reward model.
@@ -136,7 +137,7 @@ def ppo(parent: Positional[Path], out: Path, reward: Path | None = None,
 
 
 def grpo(parent: Positional[Path], out: Path, reward: Path | None = None,
-         family: tuple[str, ...] = ("list",), count: int = 2000, text: Path | None = None,
+         family: tuple[str, ...] = ("sentence",), count: int = 2000, text: Path | None = None,
          json: bool = False,
          policy: policies.Dials = policies.Dials()) -> None:  # noqa: B008
     """Optimise a tuned run's policy against the other responses to the same prompt (GRPO).
@@ -155,7 +156,7 @@ def grpo(parent: Positional[Path], out: Path, reward: Path | None = None,
 
 
 def best_of_n(target: Positional[Path], reward: Path | None = None,
-              family: tuple[str, ...] = ("list",), count: int = 64, samples: int = 16,
+              family: tuple[str, ...] = ("sentence",), count: int = 64, samples: int = 16,
               n: tuple[int, ...] = (1, 2, 4, 8, 16), budget: int = 32, seed: int = 0,
               text: Path | None = None, json: bool = False) -> None:
     """Say what the best of n samples by a reward model would score by the exact reward.
@@ -178,7 +179,7 @@ def best_of_n(target: Positional[Path], reward: Path | None = None,
     chosen, _ = suite.fitting(model, _tasks(family, "test", count, seed), learnt, budget)
     judge, _ = _judge(reward, model, chosen, learnt)
     drawn = pool.sampled(model, checkpoint.final_params(target, model), learnt, chosen, samples,
-                         budget, pool.exact, seed)
+                         budget, rubric.exact, seed)
     owner = np.repeat(np.arange(len(chosen)), samples)
     scores = judge(drawn.rollout, owner).reshape(-1, samples)
     proxy, gold = jnp.where(drawn.ended > 0, scores, -1e3), jnp.asarray(drawn.gold)

@@ -10,7 +10,7 @@ from tinylm import files, machine
 from tinylm.config import BadInput
 from tinylm.laws.accounting import Shape
 from tinylm.look import progress
-from tinylm.text import corpora, prepare
+from tinylm.text import corpora, lines, prepare
 from tinylm.text.shards import Dataset, open_dataset
 from tinylm.text.tokenizer import Tokenizer
 from tinylm.train import run
@@ -67,7 +67,7 @@ def read_lines(data: tuple[Path, ...], read: Callable[..., list[Row]], out: Path
 
     BadInput for the first bad line where none may be skipped, or where all are bad.
     """
-    refused: list[corpora.Refused] | None = [] if skip_bad_lines else None
+    refused: list[lines.Refused] | None = [] if skip_bad_lines else None
     found = [row for path in data for row in read(path, refused)]
     if refused:
         if not found:

@@ -1,5 +1,6 @@
 """Verbs that prepare text, train and measure: tokenizer, train, sweep, sft, eval."""
 
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -148,7 +149,8 @@ def sft(parent: Positional[Path], out: Path, data: tuple[Path, ...] = (),
         corpus: text files to take conversations from where there is no data; none: the default
         field: the text field of .jsonl and .parquet rows
         text: the prepared folder of the parent, where it has moved
-        tasks: generated instruction tasks to mix in, of every family and rule
+        tasks: generated instruction tasks to mix in, of every family and rule; of conversations
+            from a corpus a quarter as many rows are kept then, of --data all
         optim: the optimiser and its schedule
         steps: optimiser steps
         rows: packed rows a step
@@ -162,7 +164,8 @@ def sft(parent: Positional[Path], out: Path, data: tuple[Path, ...] = (),
     packed = (_talks(read, learnt, config.T) if data else tuning.pack_splits(
         corpora.load(corpus, field), learnt, config.T, steps, rows))
     if tasks:
-        packed = tuning.with_tasks(packed, tasks, learnt, config.T, seed)
+        packed = tuning.with_tasks(packed, tasks, learnt, config.T, seed,
+                                   math.inf if data else tuning.TALKS)
     wanted = tuning.SftConfig(config, optim, folders.finished(parent)["id"],
                               tuning.conversations_id(*packed), steps, rows, replay, seed)
     plan = folders.plan_of(out, rows, config.shape)
@@ -200,8 +203,8 @@ def evaluate(target: Positional[Path], also: tuple[Path, ...] = (), tasks: int =
         judged = minimal_pairs.scored(config, ref, learnt, read)
         progress.answer(judged, json, alignment.paradigms(judged))
         return
-    found = heldout.heldout(config, ref, tokens)
     if not tasks:
+        found = heldout.heldout(config, ref, tokens)
         progress.answer({**found._asdict(), "eval_id": heldout.eval_id(tokens, config.T)}, json,
                         f"{found.nats_per_token:.4f} nats a token (se {found.stderr:.4f}), "
                         f"{found.bits_per_byte:.4f} bits a byte, {found.tokens} tokens")
@@ -212,10 +215,10 @@ def evaluate(target: Positional[Path], also: tuple[Path, ...] = (), tasks: int =
         if model != config:
             raise BadInput(f"{place} is another model than {target}; compare runs of one lineage")
         params = checkpoint.final_params(place, model)
-        row, gold = suite.table_row(asked, model, params, ref, learnt)
+        row, grades = suite.table_row(asked, model, params, ref, learnt)
         loss = heldout.heldout(model, params, tokens).bits_per_byte
-        first = gold if first is None else first
-        rows[str(place)] = {**row, "bits_per_byte": loss, "wins": suite.wins(gold, first)}
+        first = grades if first is None else first
+        rows[str(place)] = {**row, "bits_per_byte": loss, "wins": suite.wins(grades, first)}
     told = {"suite": vars(asked), "runs": rows}
     if out:
         files.write_json(out, told)

@@ -1,5 +1,6 @@
 """Verbs that let a finished run speak: sample, chat."""
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from tyro.conf import Positional
 from tinylm.config import BadInput
 from tinylm.look import progress
 from tinylm.model import generate
-from tinylm.text.chat import render
+from tinylm.text.chat import read, render
 from tinylm.text.tokenizer import BOS
 from tinylm.train import checkpoint
 from tinylm.verbs import folders, models
@@ -29,7 +30,8 @@ def sample(target: Positional[Path], prompt: str = "", count: int = 100, seed: i
     """
     config, _, learnt = models.opened(target, text)
     ids = np.concatenate([[BOS], learnt.encode(prompt)])
-    _stream(checkpoint.final_params(target, config), config, learnt, ids, count, seed, temperature)
+    _stream(checkpoint.final_params(target, config), config, learnt.decode, ids, count, seed,
+            temperature)
 
 
 def chat(target: Positional[Path], prompt: str = "", system: str = "", seed: int = 0,
@@ -49,12 +51,13 @@ def chat(target: Positional[Path], prompt: str = "", system: str = "", seed: int
     config, _, learnt = models.opened(target, text)
     params = checkpoint.final_params(target, config)
     tuned = folders.finished(target)["kind"] not in ("pretrain", "branch")
+    told = functools.partial(read, tokenizer=learnt) if tuned else learnt.decode
     said: list[tuple[str, str]] = []
     for turn, message in enumerate([prompt] if prompt else _typed()):
         said.append(("user", message))
         ids, said = _prompt(said, system, learnt, config.T, tuned)
         try:
-            answer = _stream(params, config, learnt, ids, config.T, seed + turn, temperature)
+            answer = _stream(params, config, told, ids, config.T, seed + turn, temperature)
         except BadInput as refusal:
             if prompt:
                 raise
@@ -88,11 +91,11 @@ def _typed() -> Iterator[str]:
         yield line
 
 
-def _stream(params, config, learnt, ids, count, seed, temperature) -> str:
+def _stream(params, config, told, ids, count, seed, temperature) -> str:
     made, shown = [], ""
     for part in generate.stream(config, params, ids, count, seed, temperature):
         made += part.tolist()
-        whole = learnt.decode(made)
+        whole = told(made)
         sure = whole.rstrip("\ufffd")  # the end may be inside a character
         print(sure[len(shown):], end="", flush=True)
         shown = sure
