@@ -22,7 +22,8 @@ test: $(VENV)/test.ok
 # tracked notebooks and README's figure change here only: redrawn from experiments/results
 notebooks: $(VENV)/test.ok
 	$(VENV)/bin/python -c "from pathlib import Path; from tinylm.look.notebook import execute; \
-	execute(Path('notebooks/study.py'), Path('experiments/results/laptop'), Path('notebooks/study.ipynb'))"
+	place = Path('experiments/results/laptop'); \
+	[execute(Path(f'notebooks/{name}.py'), place, Path(f'notebooks/{name}.ipynb')) for name in ('study', 'alignment')]"
 	$(VENV)/bin/python -c "from pathlib import Path; from tinylm import files; from tinylm.look import plots; \
 	from tinylm.look.study import Study; place = Path('experiments/results/laptop'); \
 	files.write_text(place / 'loss_axis.svg', plots.standalone(plots.loss_axis(Study(place))))"

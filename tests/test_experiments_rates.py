@@ -18,10 +18,12 @@ TOYS = {
     "trunks": ("--widths", "8", "--flops", "2e8", "3e8", "--V", "128", "--csv"),
     "kaplan_vs_chinchilla": ("--budgets", "5e8", "1e9", "2e9", "--widths", "8", "12", "16", "20",
                              "--per-budget", "4", "--spread", "8", "--V", "128", "--results"),
+    "smeared_keys": ("--width", "8", "--flops", "2e8", "--seeds", "1", "--steps", "2", "--tasks",
+                     "300", "--asked", "2", "--V", "128", "--results"),
     "bf16_loss": ("--shapes", "--widths", "8", "--seeds", "2", "--steps", "20", "--results"),
 }
 ROWS = {"rate_rule": 4, "vocab_size": 2, "lr_by_width": 10, "optimisers": 11, "trunks": 4,
-        "kaplan_vs_chinchilla": 48, "bf16_loss": 4}
+        "kaplan_vs_chinchilla": 48, "smeared_keys": 2, "bf16_loss": 4}
 
 
 @pytest.mark.parametrize("name", [

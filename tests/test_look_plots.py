@@ -143,6 +143,19 @@ def test_the_notebook_draws_every_figure_of_a_study(study, monkeypatch, capsys):
     assert said.count("Image object") == 3 and "not drawn: tuning.json is missing" in said
 
 
+def test_the_notebook_of_alignment_shows_its_stages_or_says_what_is_missing(
+        tmp_path, monkeypatch, capsys):
+    pytest.importorskip("IPython")
+    monkeypatch.setenv("TINYLM_STUDY", str(tmp_path))
+    runpy.run_path(str(ROOT / "notebooks/alignment.py"))
+    said = capsys.readouterr().out
+    assert "asked its models no tasks" in said and said.count("not drawn: ") == 2
+    monkeypatch.delenv("TINYLM_STUDY")
+    runpy.run_path(str(ROOT / "notebooks/alignment.py"))
+    said = capsys.readouterr().out
+    assert said.count("Image object") == 2 and "sentences that win" in said
+
+
 def test_the_notebook_of_published_laws_skips_in_words_what_is_not_there(
         tmp_path, monkeypatch, capsys):
     pytest.importorskip("IPython")

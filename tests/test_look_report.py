@@ -207,7 +207,8 @@ def test_the_table_of_stages_is_shown_where_a_study_made_one(study):
     rates = ("micro", "stops", "leaks", "truncated", "repeats", "obeyed", "rules_and_answers",
              "wins")
     row = {"exact": {"copy": share}, "macro": 0.25, "bits_per_byte": 1.5, "kl_nats": 2.0,
-           "entropy_nats": 3.0, "length_tokens": 4.0, **dict.fromkeys(rates, share)}
+           "entropy_nats": 3.0, "length_tokens": 4.0, "grade": 2.5,
+           **dict.fromkeys(rates, share)}
     files.write_json(study / "alignment.json", {"runs": {"a/chat": row, "a/policy": row}})
     page = report.write(study).read_text()
     assert "<th>chat</th><th>policy</th>" in page

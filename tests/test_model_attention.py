@@ -52,3 +52,18 @@ def test_what_no_query_of_a_block_sees_is_not_computed():
                 for seen in (visible, np.ones_like(visible))]
     scores = [str(p).count("f32[2,2,1,64,256]") for p in programs]
     assert 0 < scores[0] < scores[1]
+
+
+def test_a_smeared_key_holds_its_share_of_the_one_before_it_where_that_is_its_sequence():
+    made = attention.Attention(8, 2, 1, 4, True, (), jnp.dtype("float32"), jnp.ones)
+    share = np.array([[0.5, 0.0, -1.0, 2.0]], np.float32)
+    made.k_smear[...] = jnp.asarray(share)
+    k = np.random.default_rng(0).standard_normal((2, 1, 5, 4)).astype(np.float32)
+    follows = np.array([[False, True, True, False, True]])
+    found = made.smeared(jnp.asarray(k), follows)
+    wanted = k.copy()
+    for t in (1, 2, 4):
+        wanted[:, :, t] += share * k[:, :, t - 1]
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
+    later = made.smeared(jnp.asarray(k[:, :, 2:]), follows[:, 2:], jnp.asarray(k[:, :, 1:2]))
+    np.testing.assert_allclose(later, wanted[:, :, 2:], rtol=1e-6)

@@ -112,6 +112,19 @@ def test_a_resume_with_another_config_is_refused_naming_the_field(tmp_path, data
         pretrain(tmp_path / "run", replace(config, seed=1), data, PLAN)
 
 
+def test_a_run_of_schema_1_is_one_of_a_model_without_smeared_keys(tmp_path, data, config):
+    old = replace(config, model=replace(config.model, smear=False))
+    record = pretrain(tmp_path / "run", old, data, PLAN)
+    for name in ("record.json", "config.json"):
+        values = files.read_json(tmp_path / "run" / name)
+        del values["config"]["model"]["smear"]
+        files.write_json(tmp_path / "run" / name, {**values, "schema": 1})
+    assert run.record(tmp_path / "run")["config"] == record["config"]
+    assert pretrain(tmp_path / "run", old, data, PLAN)["loss"] == record["loss"]
+    with pytest.raises(BadInput, match="config.model.smear=False, this is config.model.smear=True"):
+        pretrain(tmp_path / "run", config, data, PLAN)
+
+
 @pytest.mark.parametrize(("devices", "micro"), [(4, 1), (1, 4)])
 def test_devices_and_micro_batches_do_not_change_what_is_learnt(
         tmp_path, data, config, devices, micro):

@@ -170,3 +170,9 @@ def test_sentences_for_tuning_have_none_to_two_adjectives_and_full_marks_for_the
     some = [t for t in drawn["train"] if t.family == "sentence" and t.rule == "plain"]
     scores = {rubric.gold(t, t.answer, True) for t in some}
     assert scores == {3.0, 3.5, 4.0}
+
+
+def test_what_needs_no_sentence_is_graded_by_its_one_answer():
+    task = next(t for t in tasks.draw("copy", "plain", "test", 0, 1))
+    assert rubric.graded(task, task.answer, True) == 1 == rubric.exact(task, task.answer, True)
+    assert rubric.graded(task, task.answer, False) == 0 == rubric.exact(task, "another", True)

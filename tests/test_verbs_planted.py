@@ -254,7 +254,7 @@ def test_a_forecast_of_what_is_known_is_refused_and_one_of_the_far_warns(forecas
     (["a", "a", "a", "bb", "c" * 90, "ddd"], 0, ("2 duplicate conversations dropped",
                                                  "1 of 4 conversations left out", "T=32 tokens")),
     (["x" * 90, "y" * 50], 2, ("all 2 conversations are longer than T=32 tokens, the shortest is "
-                               "56; ",))])
+                               "58; ",))])
 def test_sft_says_which_conversations_it_leaves_out(monkeypatch, tmp_path, answers, code, words):
     monkeypatch.setattr(models, "opened", opened)
     monkeypatch.setattr(folders, "finished", lambda folder: {"id": "x"})

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
+from tinylm import files
 from tinylm.laws import forecast, isoflop
 from tinylm.laws.fit import Fit
 from tinylm.laws.runs import Runs
@@ -177,6 +178,32 @@ def rates(study: Study) -> Figure:
                      "more than a seed")
 
 
+def calibration(study: Study) -> Figure:
+    """Draw how often a study's reward model was right over how sure it was."""
+    record = study.part("reward/record.json")
+    p, ceiling = record["preferences"], record["config"]["ceiling"]
+    figure, ax = _axes("how sure it is of a pair", "share of such pairs it is right on", log=False)
+    bins = np.array([(b["thought"], b["right"], b["pairs"]) for b in p["calibration"]]).T
+    ax.plot((0.5, 1.0), (0.5, 1.0), color="0.6", lw=0.8, label="as sure as it should be")
+    ax.scatter(bins[0], bins[1], s=2 * bins[2], color=BLUE, alpha=0.7,
+               label="held-out pairs, by area")
+    return _done(ax, f"Right on {p['accuracy']:.1%} of {p['pairs']} held-out pairs"
+                     + (f", a perfect judge on {ceiling:.1%}" if ceiling else ""))
+
+
+def policy(study: Study) -> Figure:
+    """Draw a policy's score by its judge over its distance from the tuned model, by rollout."""
+    method = study.part("policy/record.json")["kind"].upper()
+    rows = files.read_lines(study.folder / "policy/metrics.jsonl")
+    kl, score = (np.array([row[f"train/{k}"] for row in rows]) for k in ("kl_nats", "reward"))
+    figure, ax = _axes("KL from the tuned model (nats a response)", "mean score by the judge",
+                       log=False)
+    ax.plot(kl, score, "-", color="0.8", zorder=1)
+    ax.scatter(kl, score, c=np.arange(len(kl)), cmap="viridis", s=18, label="rollouts, in order")
+    return _done(ax, f"{method}: {score[0]:+.2f} at the start, {score[-1]:+.2f} after {len(kl)} "
+                     "rollouts")
+
+
 def attention(weights: np.ndarray, words: list[str], title: str) -> Figure:
     """Draw one head's weights, T by S: row t shows what token t reads."""
     figure, ax = _axes("token read (key)", "token reading (query)", (7, 6.4), log=False)
@@ -245,11 +272,12 @@ def _band(study: Study, flops: np.ndarray) -> np.ndarray:
 
 
 def _done(ax: Axes, title: str) -> Figure:
-    """Set the title, the legend, and a log axis whose labels fit."""
+    """Set the title, the legend, and the labels of a log axis so that they fit."""
     low, high = ax.get_xlim()
-    ax.xaxis.set_major_locator(LogLocator(subs=(1,) if high > 500 * low else (1, 2, 5)))
-    ax.xaxis.set_major_formatter(lambda x, _: scientific(x, 0))
-    ax.xaxis.set_minor_formatter("")
+    if ax.get_xscale() == "log":
+        ax.xaxis.set_major_locator(LogLocator(subs=(1,) if high > 500 * low else (1, 2, 5)))
+        ax.xaxis.set_major_formatter(lambda x, _: scientific(x, 0))
+        ax.xaxis.set_minor_formatter("")
     with matplotlib.rc_context(STYLE):
         ax.set_title(title)
         ax.legend(loc="best", fontsize=8)

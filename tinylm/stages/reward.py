@@ -35,7 +35,7 @@ class RewardConfig:
     """Which checkpoint becomes a reward model, on which rankings, for how long."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=5e-4, decay=1.0))
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-3, decay=1.0))
     parent: str = ""
     """id of the run whose final checkpoint is given a head"""
     data_id: str = ""

@@ -98,7 +98,8 @@ LAPTOP = Study(
     base=ModelConfig(V=2048, rope_theta=1e3), per_budget=6, spread=3.0,
     tuning=(1.5e11, 4.8e11, 1.5e12), position_flops=1e12,
     sft=OptimConfig(kind="muon", lr=1.7e-2, decay=1.0), sft_steps=1400, sft_tasks=40000,
-    replay=0.25, ranked=600, policy=Dials(optim=OptimConfig(lr=3e-3, decay=1.0), rollouts=30))
+    replay=0.25, ranked=1500,
+    policy=Dials(optim=OptimConfig(lr=1e-3, decay=1.0), rollouts=40, beta=0.15))
 
 # Not yet run whole. Overnight's rate is the laptop's by the square root of the batches' ratio;
 # accelerator's stays below what that would give, 5.6e-2.

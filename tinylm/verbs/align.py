@@ -29,7 +29,7 @@ from tinylm.verbs import folders, models
 def reward(parent: Positional[Path], out: Path, data: tuple[Path, ...] = (), sampled: int = 0,
            family: tuple[str, ...] = ("sentence",), responses: int = 4, sharpness: float = 4.0,
            budget: int = 32, heldout: float = 0.1,
-           optim: OptimConfig = OptimConfig(lr=5e-4, decay=1.0),  # noqa: B008
+           optim: OptimConfig = OptimConfig(lr=1e-3, decay=1.0),  # noqa: B008
            steps: int = 0, prompts: int = 16, center: float = 0.0, seed: int = 0,
            text: Path | None = None, skip_bad_lines: bool = False, json: bool = False) -> None:
     """Train a reward model on ranked responses, from a tuned run.

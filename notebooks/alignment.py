@@ -1,0 +1,85 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # From base to chat, stage by stage
+#
+# A study's held-out model was tuned on conversations and generated tasks. Of several answers of
+# the tuned model to one prompt a rubric said which is better, with known noise; a reward model
+# learnt from that, and a policy was optimised against the reward model. Everything here is read
+# from the study's records. `TINYLM_STUDY` names its folder; without it the records in
+# `experiments/results` are read.
+
+# %%
+import os
+from pathlib import Path
+
+from IPython.display import Image, display
+
+import tinylm
+from tinylm.config import BadInput
+from tinylm.look import alignment, plots
+from tinylm.look.study import Study
+
+home = Path(tinylm.__file__).parent.parent / "experiments/results/laptop"
+study = Study(Path(os.environ.get("TINYLM_STUDY", home)))
+
+
+def draw(make):
+    """Draw a figure of the study, or say what it lacks."""
+    try:
+        display(Image(plots.png(make(study))))
+    except BadInput as why:
+        print("not drawn:", str(why).replace(f"{study.folder}/", ""))
+
+
+# %% [markdown]
+# ## One table
+#
+# All models answer the same tasks, about words that no training task holds; the answer is the
+# likeliest one and is right or wrong without a judge. Rates come with 95% intervals. *bits a byte*
+# is base text: what tuning forgets. *KL* is how far a model is from the first column.
+
+# %%
+found = study.optional("alignment.json", {"runs": {}})["runs"]
+print(alignment.table({Path(name).name: row for name, row in found.items()}) if found
+      else "this study asked its models no tasks")
+
+# %% [markdown]
+# ## The reward model
+#
+# Each pair's label is right with a known probability, so the accuracy of a perfect judge is known
+# too: a reward model above it would have seen the answers. Points on the line mean that 80% sure
+# is right in 80% of such pairs.
+
+# %%
+draw(plots.calibration)
+
+# %% [markdown]
+# ## The policy
+#
+# A policy buys its score with distance from the tuned model. The score is the reward model's: where
+# it rises and the table's grade of sentences does not, the policy has learnt what the reward model
+# likes and not what it should.
+
+# %%
+draw(plots.policy)
+
+# %% [markdown]
+# ## The same prompts, before and after
+#
+# The first samples of a fixed list of prompts: nobody picked.
+
+# %%
+for sample in study.optional("samples.json", {"samples": []})["samples"]:
+    print(f"{sample['model']:>5} | {sample['prompt']} | {sample['text'].strip()!r}"
+          + ("" if sample["ended"] else " (cut off)"))
