@@ -1,10 +1,10 @@
-"""The main job: text -> tokenizer -> baselines -> sweep -> law -> forecast -> held-out run -> chat.
+"""The main job: text -> baselines -> sweep -> law -> forecast -> held-out run -> chat -> alignment.
 
 question   How well does a law fitted to small runs forecast a larger one, on this text?
 command    python experiments/study.py --preset laptop --out studies/laptop
-cost       laptop: 24 minutes on two quiet cores, 55 where a core does 41 instead of 107 GFLOP/s
+cost       laptop: 24 minutes on two cores
 expected   the held-out loss within 3% of the forecast
-result     +0.57%, +0.85%, +1.10%, -0.40%, -0.42%, +0.32%: experiments/results/forecasts.csv
+result     +.57, +.85, +1.10, -.40, -.42, +.32, -.28%: experiments/results/forecasts.csv
 """
 
 import sys
