@@ -10,7 +10,7 @@ import pytest
 
 from tinylm import machine
 from tinylm.config import BadInput
-from tinylm.laws.accounting import flops_per_token
+from tinylm.laws.accounting import flops_per_token, parameters
 from tinylm.model import attention
 from tinylm.model.attention import empty
 from tinylm.model.decoder import ModelConfig, init, rebuild
@@ -45,6 +45,14 @@ def test_initial_parameters_have_their_deviations_and_share_no_numbers():
     assert len(np.unique(every)) > 0.98 * len(every)
     other = init(config, jax.random.key(1))["embed_tokens"]["weight"]
     assert np.mean(other == drawn[0].reshape(300, 64) * 0.02) < 0.01
+
+
+@pytest.mark.parametrize("smear", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_parameters_are_as_many_as_accounting_counts(smear, tied):
+    config = ModelConfig(V=50, D=16, L=3, H=4, G=2, T=24, tied=tied, smear=smear)
+    made = jax.eval_shape(functools.partial(init, config), jax.random.key(0))
+    assert sum(a.size for a in jax.tree.leaves(made)) == parameters(config.shape).total
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))

@@ -7,7 +7,7 @@ from test_model_decoder import SMALL, drawn, forward
 
 from tinylm.config import BadInput
 from tinylm.model.decoder import ModelConfig
-from tinylm.model.generate import CONTROL, draw, sample, stream
+from tinylm.model.generate import CONTROL, draw, prefill, sample, stream
 from tinylm.text import tokenizer
 
 PROMPT = np.array([1, 20, 30, 40], np.int32)
@@ -26,6 +26,14 @@ def test_greedy_decoding_takes_the_full_passs_likeliest_token_each_time(params):
         logits = np.asarray(forward(SMALL, params, padded))[0, len(ids) - 1]
         assert token == logits.argmax()
         ids.append(int(token))
+
+
+def test_a_padded_prompt_has_the_logits_of_the_full_pass(params):
+    rows = [np.arange(8, 8 + n, dtype=np.int32) for n in (1, 5, 16, 20)]
+    found = prefill(SMALL, params, rows).logits
+    for row, logits in zip(rows, found, strict=True):
+        full = forward(SMALL, params, row[None])[0, -1]
+        np.testing.assert_allclose(logits, full, atol=5e-6)
 
 
 def test_rows_of_a_batch_do_not_see_each_other_or_their_padding(params):
