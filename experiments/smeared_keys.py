@@ -4,9 +4,10 @@ question   With and without (2209.11895), at equal tokens and seeds: the held-ou
            model, and after tuning on generated tasks the loss on held-out answers and exact
            answers about words unseen in training.
 command    python experiments/smeared_keys.py --out studies/smeared_keys
-cost       about 15 minutes on two cores
+cost       9 minutes on two cores
 expected   base text .01 nats better or a tie; copying, at 0% without, between 10 and 50%
-result     not recorded yet
+result     base a tie (4.060 without, 4.063 with); answers 2.38 -> 1.94 nats, copying 0 -> 10.5%,
+           recall 0 -> 20.5%: experiments/results/smeared_keys.csv, smeared_keys.json
 """
 
 import sys
