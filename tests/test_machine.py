@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import signal
 import subprocess
 import sys
 
@@ -56,7 +57,9 @@ machine.command()
     ("", "os.kill(os.getpid(), 15); import time; time.sleep(9)", 75, "stopped; the same command")])
 def test_what_goes_wrong_before_a_command_begins_is_one_line(odd, then, code, words):
     env = {k: v for k, v in os.environ.items() if k != "TINYLM_CACHE"}
-    done = subprocess.run([sys.executable, "-c", START.format(odd=odd, then=then)], env=env,
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", START.format(odd=odd, then=then)], env=env, capture_output=True,
+        text=True,  # a shell's background jobs start with SIGINT ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     line, = done.stderr.splitlines()
     assert done.returncode == code and line.startswith(words)

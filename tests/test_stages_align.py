@@ -158,7 +158,7 @@ def test_a_policy_learns_what_its_judge_pays_and_resumes_to_the_same_bits(
 
 @pytest.mark.parametrize(("dial", "said"), [
     ({"max_kl": 0.01}, "kl_nats"), ({"min_entropy": 9.0}, "entropy_nats"),
-    ({"max_truncated": 0.0}, "truncated_share")])
+    ({"max_truncated": 0.0, "budget": 1}, "truncated_share")])
 def test_a_guard_ends_the_run_and_says_which(tmp_path, dial, said, tuned, data,  # noqa: F811
                                              config, prompts, wants_ko):  # noqa: F811
     wanted = wanted_of("grpo", config, prompts, **dial)
