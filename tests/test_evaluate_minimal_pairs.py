@@ -58,6 +58,11 @@ def test_a_zip_holds_a_paradigm_a_file_and_what_is_wrong_is_named(tmp_path):
         for name in ("one", "two"):
             packed.write(pairs(tmp_path / f"{name}.jsonl", [("a b", "b a")]), f"data/{name}.jsonl")
     assert minimal_pairs.read(place) == {"one": [("a b", "b a")], "two": [("a b", "b a")]}
+    with zipfile.ZipFile(tmp_path / "twice.zip", "w") as packed:
+        for folder in ("a", "b"):
+            packed.write(tmp_path / "one.jsonl", f"{folder}/one.jsonl")
+    with pytest.raises(BadInput, match="holds 1 paradigms twice by name"):
+        minimal_pairs.read(tmp_path / "twice.zip")
     with zipfile.ZipFile(place, "a") as packed:
         packed.writestr("data/bad.jsonl", '{"sentence_good": "a"}\n')
     with pytest.raises(BadInput, match=r"bad.jsonl:1 lacks the texts"):

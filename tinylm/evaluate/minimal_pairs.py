@@ -40,7 +40,11 @@ def read(path: Path) -> dict[str, list[Pair]]:
         with zipfile.ZipFile(path) as packed:
             names = sorted(n for n in packed.namelist() if n.endswith(".jsonl")
                            and not Path(n).name.startswith("."))
+            if twice := len(names) - len({Path(n).stem for n in names}):
+                raise BadInput(f"{path} holds {twice} paradigms twice by name; rename the files")
             found = {Path(n).stem: _unpacked(packed, n, f"{path}:{n}") for n in names}
+    except OSError as bad:
+        raise BadInput(f"{path} cannot be read ({bad.strerror}); check its name") from None
     except BROKEN as bad:
         raise BadInput(f"{path} is no .zip ({bad}); give .jsonl files or a .zip of them") from None
     if not found:

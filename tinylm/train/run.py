@@ -50,6 +50,7 @@ def settle(folder: Path, config: Any, kind: str, plan: machine.Plan, text: Path)
     if place.exists():
         finished = (folder / "record.json").exists()
         begun = _current(files.read_json(place))  # before some fields were there, perhaps
+        _same(place, begun, mine, ("kind",))
         begun["config"] = configs.to_json(configs.from_json(type(config), begun["config"]))
         _same(place, begun, mine, ("kind", "config") if finished else
               ("kind", "config", "versions", "code_id"))

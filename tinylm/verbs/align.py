@@ -25,6 +25,9 @@ from tinylm.train.optim import OptimConfig
 from tinylm.train.rollout import Rollout
 from tinylm.verbs import folders, models
 
+MOST = 100_000
+"""tasks a family that can be asked for"""
+
 
 def reward(parent: Positional[Path], out: Path, data: tuple[Path, ...] = (), sampled: int = 0,
            family: tuple[str, ...] = ("sentence",), responses: int = 4, sharpness: float = 4.0,
@@ -58,11 +61,14 @@ def reward(parent: Positional[Path], out: Path, data: tuple[Path, ...] = (), sam
         raise BadInput("give either --data with rankings or --sampled with the number of tasks "
                        "to sample and rank")
     model, tokens, learnt = models.opened(parent, text)
+    judging.RewardConfig(model, optim, steps=steps or 1, prompts=prompts, center=center, seed=seed)
     if data:
         read = folders.read_lines(data, preferences.read_jsonl, out, skip_bad_lines)
         (train, held), ceiling = _ranked(read, heldout, learnt, model.T), 0.0
     else:
         require("heldout", heldout, 1e-6, 1 - 1e-6)
+        require("sampled", sampled, 1, MOST)
+        require("budget", budget, 1, model.T)
         require("responses", responses, 2, 64)
         require("sharpness", sharpness, 0, math.inf)
         chosen = _tasks(family, "train", sampled, seed)
@@ -104,6 +110,8 @@ def dpo(parent: Positional[Path], out: Path, data: tuple[Path, ...], heldout: fl
         json: print the record on the last line
     """
     model, tokens, learnt = models.opened(parent, text)
+    preferring.DpoConfig(model, optim, steps=steps or 1, pairs=pairs, beta=beta,
+                         smoothing=smoothing, seed=seed)
     read = folders.read_lines(data, preferences.read_jsonl, out, skip_bad_lines)
     train, held = _ranked(read, heldout, learnt, model.T)
     steps = steps or max(1, int(train.wins.sum()) // pairs)
@@ -173,18 +181,22 @@ def best_of_n(target: Positional[Path], reward: Path | None = None,
         text: the prepared folder of the run, where it has moved
         json: print the table on the last line
     """
-    for one in n:
-        require("n", one, 1, samples)
+    for name, value, most in (("count", count, MOST), ("samples", samples, 1e5),
+                              ("seed", seed + 1, 2**32), *(("n", one, samples) for one in n)):
+        require(name, value, 1, most)
+    if not n:
+        raise BadInput("--n names no number to choose from; give one or more, such as 1 4 16")
     model, _, learnt = models.opened(target, text)
+    require("budget", budget, 1, model.T)
     chosen, _ = suite.fitting(model, _tasks(family, "test", count, seed), learnt, budget)
     judge, _ = _judge(reward, model, chosen, learnt)
     drawn = pool.sampled(model, checkpoint.final_params(target, model), learnt, chosen, samples,
                          budget, rubric.exact, seed)
     owner = np.repeat(np.arange(len(chosen)), samples)
     scores = judge(drawn.rollout, owner).reshape(-1, samples)
-    proxy, gold = jnp.where(drawn.ended > 0, scores, -1e3), jnp.asarray(drawn.gold)
-    rows = [{"n": one, "gold": float(expected_best(proxy, gold, one).mean()),
-             "proxy": float(expected_best(proxy, proxy, one).mean()),
+    chosen_by, gold = jnp.where(drawn.ended > 0, scores, -1e3), jnp.asarray(drawn.gold)
+    rows = [{"n": one, "gold": float(expected_best(chosen_by, gold, one).mean()),
+             "proxy": float(expected_best(chosen_by, jnp.asarray(scores), one).mean()),
              "kl_bound_nats": math.log(one) - (one - 1) / one} for one in n]
     progress.answer({"tasks": len(chosen), "samples": samples, "rows": rows}, json, "\n".join(
         f"best of {r['n']:3d}: reward {r['gold']:.3f}, by its judge {r['proxy']:+.3f}, at most "
@@ -210,6 +222,9 @@ def _optimised(method: Literal["ppo", "grpo"], parent, out, reward, family, coun
 
 
 def _tasks(family: tuple[str, ...], split: tasks.Split, count: int, seed: int) -> list[tasks.Task]:
+    require("count", count, 1, MOST)
+    if not family:
+        raise BadInput(f"--family names none; choose one or more of {', '.join(tasks.FAMILIES)}")
     return [t for one in family for t in tasks.draw(one, "plain", split, seed, count)]
 
 
@@ -223,7 +238,10 @@ def _judge(reward: Path | None, model: ModelConfig, chosen: list[tasks.Task], le
     if record["tokenizer_id"] != learnt.id:
         raise BadInput(f"{reward} reads tokenizer {record['tokenizer_id']}, the run {learnt.id}; "
                        "give a reward model of the same lineage")
-    scorer_model, _, _ = models.opened(reward, None)
+    scorer_model, _, _ = models.opened(reward, None, judge=True)
+    if scorer_model.T < model.T:
+        raise BadInput(f"{reward} reads T={scorer_model.T} tokens and the run's context is "
+                       f"T={model.T}; give a reward model of that context")
     params = checkpoint.final_scorer(reward, scorer_model)
 
     def scored(rolled: Rollout, asked: np.ndarray) -> np.ndarray:

@@ -73,6 +73,8 @@ def read_lines(data: tuple[Path, ...], read: Callable[..., list[Row]], out: Path
         if not found:
             raise BadInput(f"all {len(refused)} lines are bad, the first: {refused[0].reason}")
         place = out / "quarantine.jsonl"
+        if (out / "config.json").exists():  # a run that has its lines already, or another one
+            return found
         files.write_text(place, "".join(json.dumps(r._asdict()) + "\n" for r in refused))
         progress.say(f"{len(refused)} bad lines of {len(refused) + len(found)} left out; {place} "
                      "holds them with the reasons")

@@ -12,9 +12,15 @@ from tinylm.text.tokenizer import Tokenizer
 from tinylm.verbs import folders
 
 
-def opened(folder: Path, text: Path | None) -> tuple[ModelConfig, Dataset, Tokenizer]:
-    """Open a finished run's model config, token files and tokenizer."""
+def opened(folder: Path, text: Path | None,
+           judge: bool = False) -> tuple[ModelConfig, Dataset, Tokenizer]:
+    """Open a finished run's model config, token files and tokenizer.
+
+    A reward model is opened as a `judge` only.
+    """
     record = folders.finished(folder)
+    if record["kind"] == "reward" and not judge:
+        raise BadInput(f"{folder} is a reward model and says nothing; give a run that speaks")
     link = files.read_json(folder / "environment.json").get("text", "")
     place = text or Path(os.path.normpath(folder.absolute() / link))
     if not (place / "tokenizer").exists():

@@ -1,13 +1,14 @@
 """Verbs that prepare text, train and measure: tokenizer, train, sweep, sft, eval."""
 
 import math
+import os
 from pathlib import Path
 from typing import Literal
 
 from tyro.conf import Positional
 
 from tinylm import files, machine
-from tinylm.config import BadInput
+from tinylm.config import BadInput, require
 from tinylm.evaluate import heldout, minimal_pairs, suite
 from tinylm.laws import forecast as forecasts
 from tinylm.look import alignment, progress
@@ -160,6 +161,11 @@ def sft(parent: Positional[Path], out: Path, data: tuple[Path, ...] = (),
         json: print the record on the last line
     """
     config, tokens, learnt = models.opened(parent, text)
+    if data and corpus:
+        raise BadInput(f"--data {data[0]} and --corpus {corpus[0]} both hold conversations; give "
+                       "one of them")
+    require("tasks", tasks, 0, 1e6)
+    tuning.SftConfig(config, optim, "", "", steps, rows, replay, seed)
     read = folders.read_lines(data, read_jsonl, out, skip_bad_lines)
     packed = (_talks(read, learnt, config.T) if data else tuning.pack_splits(
         corpora.load(corpus, field), learnt, config.T, steps, rows))
@@ -194,10 +200,22 @@ def evaluate(target: Positional[Path], also: tuple[Path, ...] = (), tasks: int =
         text: a prepared folder with the run's tokenizer; none: the run's own
         json: print the losses on the last line
     """
-    if also and not tasks:
-        raise BadInput(f"--also {also[0]} is for the table; say how many --tasks a family to ask")
+    if (also or out) and not tasks:
+        raise BadInput(f"{f'--also {also[0]}' if also else f'--out {out}'} is for the table; say "
+                       "how many --tasks a family to ask")
+    if pairs and tasks:
+        raise BadInput(f"--pairs {pairs[0]} judge one run and --tasks make a table; ask for them "
+                       "one at a time")
+    if out and out.is_dir():
+        raise BadInput(f"--out {out} is a folder; name the file to write")
+    require("tasks", tasks, 0, 1e5)
     config, tokens, learnt = models.opened(target, text)
-    read = {k: v for path in pairs for k, v in minimal_pairs.read(path).items()}
+    read: dict[str, list[minimal_pairs.Pair]] = {}
+    for path in pairs:
+        for name, some in minimal_pairs.read(path).items():
+            if name in read:
+                raise BadInput(f"{path} holds the paradigm {name!r} a second time; rename one")
+            read[name] = some
     ref = checkpoint.final_params(target, config)
     if pairs:
         judged = minimal_pairs.scored(config, ref, learnt, read)
@@ -210,15 +228,19 @@ def evaluate(target: Positional[Path], also: tuple[Path, ...] = (), tasks: int =
                         f"{found.bits_per_byte:.4f} bits a byte, {found.tokens} tokens")
         return
     asked, rows, first = suite.SuiteConfig(tasks, split, budget, seed), {}, None
+    for place in also:
+        model, others, _ = models.opened(place, text)
+        if (model, others.tokenizer_id, others.id) != (config, tokens.tokenizer_id, tokens.id):
+            raise BadInput(f"{place} has another model, tokenizer or text than {target}; compare "
+                           "runs of one lineage")
     for place in (target, *also):
-        model, _, _ = models.opened(place, text)
-        if model != config:
-            raise BadInput(f"{place} is another model than {target}; compare runs of one lineage")
+        model = config
         params = checkpoint.final_params(place, model)
         row, grades = suite.table_row(asked, model, params, ref, learnt)
         loss = heldout.heldout(model, params, tokens).bits_per_byte
         first = grades if first is None else first
-        rows[str(place)] = {**row, "bits_per_byte": loss, "wins": suite.wins(grades, first)}
+        name = os.path.relpath(place, out.parent) if out else str(place)
+        rows[name] = {**row, "bits_per_byte": loss, "wins": suite.wins(grades, first)}
     told = {"suite": vars(asked), "runs": rows}
     if out:
         files.write_json(out, told)

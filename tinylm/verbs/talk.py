@@ -51,6 +51,9 @@ def chat(target: Positional[Path], prompt: str = "", system: str = "", seed: int
     config, _, learnt = models.opened(target, text)
     params = checkpoint.final_params(target, config)
     tuned = folders.finished(target)["kind"] not in ("pretrain", "branch")
+    if system and not tuned:
+        raise BadInput(f"{target} is a base run and knows no system prompt; leave --system out or "
+                       "talk to a tuned run")
     told = functools.partial(read, tokenizer=learnt) if tuned else learnt.decode
     said: list[tuple[str, str]] = []
     for turn, message in enumerate([prompt] if prompt else _typed()):
