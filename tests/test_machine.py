@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import signal
 import subprocess
 import sys
 
@@ -57,9 +56,8 @@ machine.command()
     ("", "os.kill(os.getpid(), 15); import time; time.sleep(9)", 75, "stopped; the same command")])
 def test_what_goes_wrong_before_a_command_begins_is_one_line(odd, then, code, words):
     env = {k: v for k, v in os.environ.items() if k != "TINYLM_CACHE"}
-    done = subprocess.run(
-        [sys.executable, "-c", START.format(odd=odd, then=then)], env=env, capture_output=True,
-        text=True,  # a shell's background jobs start with SIGINT ignored
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    heeding = "import signal; signal.signal(2, signal.default_int_handler)\n"  # if started with &
+    done = subprocess.run([sys.executable, "-c", heeding + START.format(odd=odd, then=then)],
+                          env=env, capture_output=True, text=True)
     line, = done.stderr.splitlines()
     assert done.returncode == code and line.startswith(words)
