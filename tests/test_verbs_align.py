@@ -120,6 +120,7 @@ def test_runs_of_another_text_or_a_shorter_judge_are_refused(chain):
     ("beta=nan", ("grpo", "sft", "--out", "new", "--policy.beta", "nan")),
     ("n=9 is", ("best-of-n", "sft", "--n", 9, "--samples", 4)),
     ("budget=0 is", ("best-of-n", "sft", "--budget", 0)),
+    ("seed=-1 is", ("best-of-n", "sft", "--seed", -1)),
     ("--n names no number", ("best-of-n", "sft", "--n")),
     ("count=0 is", ("grpo", "sft", "--out", "new", "--count", 0)),
     ("count=100000000 is", ("best-of-n", "sft", "--count", 100000000)),

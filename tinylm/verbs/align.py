@@ -182,8 +182,9 @@ def best_of_n(target: Positional[Path], reward: Path | None = None,
         json: print the table on the last line
     """
     for name, value, most in (("count", count, MOST), ("samples", samples, 1e5),
-                              ("seed", seed + 1, 2**32), *(("n", one, samples) for one in n)):
+                              *(("n", one, samples) for one in n)):
         require(name, value, 1, most)
+    require("seed", seed, 0, 2**32 - 1)
     if not n:
         raise BadInput("--n names no number to choose from; give one or more, such as 1 4 16")
     model, _, learnt = models.opened(target, text)

@@ -234,10 +234,9 @@ def evaluate(target: Positional[Path], also: tuple[Path, ...] = (), tasks: int =
             raise BadInput(f"{place} has another model, tokenizer or text than {target}; compare "
                            "runs of one lineage")
     for place in (target, *also):
-        model = config
-        params = checkpoint.final_params(place, model)
-        row, grades = suite.table_row(asked, model, params, ref, learnt)
-        loss = heldout.heldout(model, params, tokens).bits_per_byte
+        params = checkpoint.final_params(place, config)
+        row, grades = suite.table_row(asked, config, params, ref, learnt)
+        loss = heldout.heldout(config, params, tokens).bits_per_byte
         first = grades if first is None else first
         name = os.path.relpath(place, out.parent) if out else str(place)
         rows[name] = {**row, "bits_per_byte": loss, "wins": suite.wins(grades, first)}
