@@ -23,24 +23,13 @@
 import os
 from pathlib import Path
 
-from IPython.display import Image, display
-
 import tinylm
-from tinylm.config import BadInput
 from tinylm.look import alignment, plots
+from tinylm.look.notebook import show
 from tinylm.look.study import Study
 
 home = Path(tinylm.__file__).parent.parent / "experiments/results/laptop"
 study = Study(Path(os.environ.get("TINYLM_STUDY", home)))
-
-
-def draw(make):
-    """Draw a figure of the study, or say what it lacks."""
-    try:
-        display(Image(plots.png(make(study))))
-    except BadInput as why:
-        print("not drawn:", str(why).replace(f"{study.folder}/", ""))
-
 
 # %% [markdown]
 # ## One table
@@ -62,7 +51,7 @@ print(alignment.table({Path(name).name: row for name, row in found.items()}) if 
 # is right in 80% of such pairs.
 
 # %%
-draw(plots.calibration)
+show(study, plots.calibration)
 
 # %% [markdown]
 # ## The policy
@@ -72,7 +61,7 @@ draw(plots.calibration)
 # likes and not what it should.
 
 # %%
-draw(plots.policy)
+show(study, plots.policy)
 
 # %% [markdown]
 # ## The same prompts, before and after

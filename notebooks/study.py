@@ -22,24 +22,13 @@
 import os
 from pathlib import Path
 
-from IPython.display import Image, display
-
 import tinylm
-from tinylm.config import BadInput
 from tinylm.look import plots
+from tinylm.look.notebook import show
 from tinylm.look.study import Study
 
 home = Path(tinylm.__file__).parent.parent / "experiments/results/laptop"
 study = Study(Path(os.environ.get("TINYLM_STUDY", home)))
-
-
-def draw(make):
-    """Draw a figure of the study, or say what it lacks."""
-    try:
-        display(Image(plots.png(make(study))))
-    except BadInput as why:
-        print("not drawn:", str(why).replace(f"{study.folder}/", ""))
-
 
 # %% [markdown]
 # ## One axis for everything
@@ -50,7 +39,7 @@ def draw(make):
 # fitted law comes down to a table: to the right of the stars it is an extrapolation.
 
 # %%
-draw(plots.loss_axis)
+show(study, plots.loss_axis)
 
 # %% [markdown]
 # ## Loss at equal compute
@@ -60,7 +49,7 @@ draw(plots.loss_axis)
 # to be believed: its budget lacks a run on one side, or does not bend beyond its noise.
 
 # %%
-draw(plots.isoflops)
+show(study, plots.isoflops)
 
 # %% [markdown]
 # ## Learning rates
@@ -69,7 +58,7 @@ draw(plots.isoflops)
 # have its lowest point inside.
 
 # %%
-draw(plots.rates)
+show(study, plots.rates)
 
 # %% [markdown]
 # ## The forecast and the outcome
@@ -80,7 +69,7 @@ draw(plots.rates)
 # little; many forecasts on record would.
 
 # %%
-draw(plots.frontier)
+show(study, plots.frontier)
 
 # %%
 try:

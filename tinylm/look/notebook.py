@@ -1,4 +1,4 @@
-"""Execute a notebook's py:percent source against a study; its outputs are kept."""
+"""Execute a notebook's py:percent source against a study, outputs kept; show figures in one."""
 
 import asyncio
 import atexit
@@ -7,11 +7,16 @@ import contextlib
 import os
 import signal
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from tinylm import files
-from tinylm.look import progress
+from tinylm.config import BadInput
+from tinylm.look import plots, progress
+from tinylm.look.study import Study
 
 SECONDS = 120  # the longest a cell may take
 
@@ -58,6 +63,16 @@ def execute(source: Path, folder: Path, place: Path | None = None) -> Path | Non
     place = place or Path(folder) / "study.ipynb"
     files.write_text(place, nbformat.writes(book) + "\n")
     return place
+
+
+def show(study: Study, make: Callable[[Study], Figure]) -> None:
+    """Display a figure of the study in a notebook, or say what the study lacks for it."""
+    from IPython.display import Image, display
+
+    try:
+        display(Image(plots.png(make(study))))
+    except BadInput as why:
+        print("not drawn:", str(why).replace(f"{study.folder}/", ""))
 
 
 def _run(client: Any, kernel: Any, env: dict[str, str]) -> None:
