@@ -31,6 +31,14 @@ def experiment(name: str, *args: object) -> subprocess.CompletedProcess:
 
 
 @contextlib.contextmanager
+def loaded(name: str) -> Iterator[dict]:
+    """Give an experiment's functions by name, without running it."""
+    script = str(ROOT / f"experiments/{name}.py")
+    with _called(script, ()):
+        yield runpy.run_path(script)
+
+
+@contextlib.contextmanager
 def _called(name: str, args: tuple, said: str = "") -> Iterator[Callable]:
     argv, out, err = [name, *map(str, args)], io.StringIO(), io.StringIO()
 

@@ -1,12 +1,18 @@
 """The chain from a tuned run to reward model, policies and their table, by the command line."""
 
+import contextlib
+import dataclasses
+import io
 import json
+import shutil
 
 import pytest
-from command import tinylm
+from command import loaded, tinylm
 from test_stages_pretrain import story
 
 from tinylm import files
+from tinylm.stages.policy import Dials
+from tinylm.sweep.presets import PRESETS
 
 
 def last(done) -> dict:
@@ -144,3 +150,22 @@ def test_mistakes_are_one_line_and_write_nothing(chain, words, command):
     done = tinylm(command[0], *(chain / c if c in places else c for c in command[1:]))
     assert done.returncode == 2 and words in done.stderr.lower() + done.stderr, done.stderr
     assert done.stderr.strip().count("\n") <= 1 and not (chain / "new").exists()
+
+
+def test_a_study_is_aligned_once_and_one_that_cannot_be_goes_on(chain):
+    folder = chain / "study"
+    for name, source in (("target", "base"), ("chat", "sft"), ("base/text", "base/text")):
+        shutil.copytree(chain / source, folder / name)
+    toy = dataclasses.replace(PRESETS["smoke"], ranked=12, asked=2, policy=Dials(
+        rollouts=2, prompts=2, responses=4, budget=8))
+    with loaded("study") as study, contextlib.redirect_stderr(io.StringIO()) as said:
+        study["align"](folder, dataclasses.replace(toy, family="poem"))
+        assert "no further" in said.getvalue() and not (folder / "reward").exists()
+        study["align"](folder, toy)
+        assert said.getvalue().count("no further") == 1
+        before = {p: p.read_bytes() for p in folder.rglob("*.json")}
+        study["align"](folder, toy)
+    assert {p: p.read_bytes() for p in folder.rglob("*.json")} == before
+    policy = files.read_json(folder / "policy/record.json")
+    assert policy["config"]["judge"] == files.read_json(folder / "reward/record.json")["id"]
+    assert list(files.read_json(folder / "alignment.json")["runs"]) == ["chat", "target", "policy"]
