@@ -28,6 +28,14 @@ HOOK = install_import_hook(["tinylm.model", "tinylm.train.losses", "tinylm.train
                             "tinylm.evaluate.rates"], "beartype.beartype")
 
 
+def pytest_addoption(parser):
+    """Let `make faults` inject all of them."""
+    parser.addoption("--long", default="", metavar="FILE",
+                     help="inject every fault, not a sample; append a row a test to this file")
+    parser.addoption("--draw", type=int, default=0, metavar="SEED",
+                     help="which faults a sample holds")
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of published runs and fixtures beside the repository, where there is one."""

@@ -87,10 +87,10 @@ def test_a_sweeps_shares_are_told_as_run_and_as_at_full_length(monkeypatch, tmp_
         assert all(c.steps == max(1, round(0.1 * full.steps)) for c, full in zip(
             runs, cells.grid(cells.ladder(study.base, study.widths), (2e9,), 4, 6.0, 256),
             strict=True))
-        files.append_lines(folder / "workers.jsonl", ['{"workers": 2, "wall_seconds": 10.0}'])
-        files.append_lines(folder / "run/timing.jsonl", [
-            '{"wall_seconds": 16, "compile_seconds": 8, "compute_seconds": 4, "input_seconds": 1, '
-            '"start_seconds": 1, "save_seconds": 1, "evaluate_seconds": 1}'])
+        files.append_row(folder / "workers.jsonl", {"workers": 2, "wall_seconds": 10.0})
+        files.append_row(folder / "run/timing.jsonl", {
+            "wall_seconds": 16, "compile_seconds": 8, "compute_seconds": 4, "input_seconds": 1,
+            "start_seconds": 1, "save_seconds": 1, "evaluate_seconds": 1})
 
     monkeypatch.setattr(bench.runner, "sweep", faked)
     before = os.environ["JAX_COMPILATION_CACHE_DIR"]

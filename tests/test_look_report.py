@@ -262,12 +262,12 @@ def test_an_edge_that_the_forecast_warns_of_is_said_once(study):
 
 
 def test_the_report_says_where_the_time_went(study):
-    row = '{"first_step": 0, "last_step": 9, "compile_seconds": 2.0, ' \
-          '"start_seconds": 1.0, "input_seconds": 0.5, "compute_seconds": 4.5, ' \
-          '"save_seconds": 1.5, "evaluate_seconds": 0.5, "wall_seconds": 10.0}'
+    row = {"first_step": 0, "last_step": 9, "compile_seconds": 2.0, "start_seconds": 1.0,
+           "input_seconds": 0.5, "compute_seconds": 4.5, "save_seconds": 1.5,
+           "evaluate_seconds": 0.5, "wall_seconds": 10.0}
     for name in ("run10.4", "run10.7"):
-        files.append_lines(study / f"sweep/{name}/timing.jsonl", [row])
-    files.append_lines(study / "sweep/workers.jsonl", ['{"workers": 2, "wall_seconds": 12.5}'])
+        files.append_row(study / f"sweep/{name}/timing.jsonl", row)
+    files.append_row(study / "sweep/workers.jsonl", {"workers": 2, "wall_seconds": 12.5})
     found = re.findall(r"<td[^>]*>([^<]*)</td>", report.times(Study(study)))
     assert found[found.index("sweep"):][:9] == [
         "sweep", "25", "36.0%", "16.0%", "20.0%", "8.0%", "4.0%", "12.0%", "4.0%"]

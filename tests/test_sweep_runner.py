@@ -150,12 +150,12 @@ def test_each_shape_has_one_worker_and_who_is_done_helps_the_others(config):  # 
 
 def test_seconds_outside_runs_are_waiting(whole):
     folder, records = whole
-    row, = files.read_lines(folder / "workers.jsonl")
+    row, = files.read_rows(folder / "workers.jsonl")
     seconds = times.spent(folder)
     assert seconds["wall"] == pytest.approx(row["workers"] * row["wall_seconds"])
     assert seconds["wall"] == pytest.approx(seconds["wait"] + sum(
         seconds[kind] for kind in times.KINDS), abs=0.1)
-    first = [files.read_lines(folder / cells.name(from_json(PretrainConfig, r["config"])) /
+    first = [files.read_rows(folder / cells.name(from_json(PretrainConfig, r["config"])) /
                               "timing.jsonl")[0]["compile_seconds"] for r in records]
     assert min(first) < 0.2 * max(first) and seconds["wait"] > 0  # who comes second compiles little
 

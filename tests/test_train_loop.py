@@ -32,7 +32,7 @@ def test_compiling_counts_once_however_deep_it_lies(tmp_path, pause):
             jax.monitoring.record_event_duration_secs(EVENT, 15.0)
             jax.monitoring.record_event_duration_secs("/jax/other", 15.0)
         pause(10)
-    row, = files.read_lines(tmp_path / "timing.jsonl")
+    row, = files.read_rows(tmp_path / "timing.jsonl")
     del row["first_step"], row["last_step"]
     assert row == {"compile_seconds": 15.0, "start_seconds": 0.0, "input_seconds": 0.0,
                    "save_seconds": 0.0, "evaluate_seconds": 5.0, "compute_seconds": 10.0,

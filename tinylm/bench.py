@@ -267,7 +267,7 @@ def _cached(folder: Path) -> Iterator[None]:
 
 
 def _swept(folder: Path, runs: list[PretrainConfig], scale: float) -> dict[str, Any]:
-    by, row = spent(folder), files.read_lines(folder / "workers.jsonl")[-1]
+    by, row = spent(folder), files.read_rows(folder / "workers.jsonl")[-1]
     wall, full = by.pop("wall"), {k: v / scale if k in ("compute", "input") else v
                                   for k, v in by.items()}
     return {**row, "shares": {k: v / wall for k, v in by.items()},

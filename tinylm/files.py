@@ -35,7 +35,7 @@ def write_bytes(path: Path, data: bytes | memoryview) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(draft, "wb") as f:
+        with _named(path), open(draft, "wb") as f:
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
@@ -81,11 +81,44 @@ def _sealed_text(value: dict[str, Any]) -> str:
 def append_lines(path: Path, lines: list[str]) -> int:
     """Append lines to a log and return its new length in bytes (the writer must hold the lease)."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab") as f:
+    with _named(path), open(path, "ab") as f:
         f.write("".join(line + "\n" for line in lines).encode())
         f.flush()
         os.fsync(f.fileno())
         return f.tell()
+
+
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Append a row to a JSONL log with its own sha256, cutting what a killed writer tore off."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with _named(path), open(path, "a+b") as f:
+        f.seek(0)
+        before = f.read()
+        f.truncate(before.rfind(b"\n") + 1)
+        f.write(_sealed_row(row).encode() + b"\n")
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Read the rows of `append_row`; a changed one raises Damaged, a torn last one is none yet."""
+    rows, path = [], Path(path)
+    whole = path.read_bytes() if path.exists() else b""
+    for number, line in enumerate(whole[:whole.rfind(b"\n") + 1].splitlines(), 1):
+        try:
+            row = json.loads(line)
+            row.pop("sha256")
+            if _sealed_row(row).encode() != line:
+                raise ValueError
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+            raise Damaged(f"{path}:{number} was changed after it was written; delete that line"
+                          ) from None
+        rows.append(row)
+    return rows
+
+
+def _sealed_row(row: dict[str, Any]) -> str:
+    return json.dumps({**row, "sha256": sha256_of(json.dumps(row).encode())[:16]})
 
 
 def open_log(path: Path) -> IO[bytes]:
@@ -105,7 +138,7 @@ def truncate(path: Path, size: int, sha: str = "") -> None:
     if not path.exists() or path.stat().st_size < size:
         raise Damaged(f"{path} is shorter than the {size} bytes its checkpoint saw; "
                       "delete the run folder and run again")
-    with open(path, "r+b") as f:
+    with _named(path), open(path, "r+b") as f:
         f.truncate(size)
         os.fsync(f.fileno())
     if sha and sha256(path) != sha:
@@ -168,7 +201,7 @@ def seal(folder: Path, **facts: Any) -> None:
     """Write the manifest of every file below `folder`, last; `facts` are kept beside it."""
     listed = {}
     for path in _below(folder):
-        with open(path, "rb") as f:
+        with _named(path), open(path, "rb") as f:
             os.fsync(f.fileno())
         name = str(path.relative_to(folder))
         listed[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
@@ -201,6 +234,13 @@ def problems(folder: Path) -> list[str]:
     return out
 
 
+def changed(folder: Path, listed: dict[str, str]) -> list[str]:
+    """List in words which of a note's files (name to sha256) are gone or have other bytes."""
+    return [f"{Path(folder) / name} has other bytes than its record says"
+            for name, sha in listed.items()
+            if not (Path(folder) / name).exists() or sha256(Path(folder) / name) != sha]
+
+
 def verified(folder: Path) -> dict[str, Any]:
     """Return a sealed folder's manifest once every file in it has passed, or raise Damaged."""
     found = problems(folder)
@@ -222,9 +262,10 @@ def lease(folder: Path) -> Iterator[None]:
             f.seek(0)
             owner = f.read(200).decode("utf-8", "replace").strip() or "another process"
             raise Owned(f"{folder} is being written by {owner}; wait for it or stop it") from None
-        f.truncate(0)
-        f.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
-        f.flush()
+        with _named(folder / ".lease"):
+            f.truncate(0)
+            f.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+            f.flush()
         _sweep_out(folder)
         yield
 
@@ -246,6 +287,17 @@ def _below(folder: Path) -> list[Path]:
 def _sync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        with _named(folder):
+            os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Give the file's name to an error of the disk, which has none where a write or fsync fails."""
+    try:
+        yield
+    except OSError as fault:
+        fault.filename = fault.filename or str(path)
+        raise

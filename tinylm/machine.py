@@ -47,6 +47,9 @@ class Plan:
     """a layer's insides are computed again on the way back: less memory, a third more work"""
 
 
+BITS = ("backend", "device", "instructions", "xla_flags")
+"""the facts of an environment that bits depend on; not the number of cores, which `pin` sees to"""
+
 PLAIN = Plan()
 """one model on one device, layers written out: how a loss is evaluated"""
 
@@ -195,20 +198,26 @@ def versions() -> dict[str, str]:
 
 
 def environment() -> dict[str, Any]:
-    """Describe the host for environment.json, which no hash covers."""
+    """Describe the host for environment.json, which no hash covers; bits depend on BITS of it."""
     import jax
 
     device = jax.devices()[0]
-    return {"platform": platform.platform(), "processor": _processor(), "cores": len(cores()),
+    return {"platform": platform.platform(), "processor": _cpuinfo("model name"),
+            "cores": len(cores()), "instructions": _instructions(),
             "backend": jax.default_backend(), "device": device.device_kind,
             "devices": jax.device_count(), "xla_flags": os.environ.get("XLA_FLAGS", ""),
             "nproc": os.environ.get("NPROC", "")}
 
 
-def _processor() -> str:
+def _instructions() -> str:
+    """Name the vector instructions of the CPU, on which XLA's choice of code depends."""
+    return " ".join(sorted(name for name in (_cpuinfo("flags") or _cpuinfo("Features")).split()
+                           if name.startswith(("avx", "fma", "amx", "asimd", "sve", "bf16"))))
+
+
+def _cpuinfo(key: str) -> str:
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor()
+    for line in info.read_text().splitlines() if info.exists() else []:
+        if line.startswith(key):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() if key == "model name" else ""

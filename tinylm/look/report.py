@@ -31,6 +31,7 @@ def write(folder: Path) -> Path:
     parts = [page.section(title, makers, study) for title, makers in SECTIONS.items()]
     place = study.folder / "report.html"
     files.write_text(place, page.whole("A scaling study", "\n".join(parts)))
+    files.write_json(study.folder / "report.json", {"files": {place.name: files.sha256(place)}})
     return place
 
 

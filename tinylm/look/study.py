@@ -87,5 +87,5 @@ class Study:
 
     def seconds(self, place: str, kind: str) -> float:
         """Sum a kind of seconds over every process that worked on a run (see loop.Clock)."""
-        rows = files.read_lines(self.folder / place / "timing.jsonl")
+        rows = files.read_rows(self.folder / place / "timing.jsonl")
         return sum(r[f"{kind}_seconds"] for r in rows)

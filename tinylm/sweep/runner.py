@@ -154,8 +154,7 @@ def _supervise(folder, data_folder, workers, progress, watch):
         _stop(alive)
         watch(progress)
         wall = round(time.monotonic() - progress.began, 3)
-        files.append_lines(folder / "workers.jsonl",
-                           [json.dumps({"workers": workers, "wall_seconds": wall})])
+        files.append_row(folder / "workers.jsonl", {"workers": workers, "wall_seconds": wall})
     if stopping:
         raise run.Stopped("the sweep was stopped; the same command goes on")
     if deaths.get("", 0) > 1:

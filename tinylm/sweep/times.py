@@ -1,7 +1,6 @@
 """Where the time went: a study's by stage, a run's or sweep's to compiling, waiting, computing."""
 
 import contextlib
-import json
 import os
 import time
 from collections.abc import Iterator
@@ -21,11 +20,11 @@ def spent(folder: Path) -> dict[str, float]:
     apart is 0.
     """
     folder = Path(folder)
-    rows = [row for place in folder.rglob("timing.jsonl") for row in files.read_lines(place)]
+    rows = [row for place in folder.rglob("timing.jsonl") for row in files.read_rows(place)]
     out = {kind: sum(row.get(f"{kind}_seconds", 0.0) for row in rows) for kind in KINDS}
     inside = sum(row["wall_seconds"] for row in rows)
     whole = sum(row["workers"] * row["wall_seconds"]
-                for row in files.read_lines(folder / "workers.jsonl"))
+                for row in files.read_rows(folder / "workers.jsonl"))
     wait = max(0.0, whole - inside)
     return {"wall": inside + wait, "wait": wait, **out}
 
@@ -42,13 +41,13 @@ def stage(folder: Path, name: str) -> Iterator[None]:
     finally:
         row = {"stage": name, "wall_seconds": round(time.perf_counter() - began, 3),
                "processor_seconds": round(sum(os.times()[:4]) - used, 3)}
-        files.append_lines(Path(folder) / "stages.jsonl", [json.dumps(row)])
+        files.append_row(Path(folder) / "stages.jsonl", row)
 
 
 def stages(folder: Path) -> dict[str, tuple[float, float]]:
     """Add up a study's seconds (wall, processor) by stage over all calls of it, in order."""
     out: dict[str, tuple[float, float]] = {}
-    for row in files.read_lines(Path(folder) / "stages.jsonl"):
+    for row in files.read_rows(Path(folder) / "stages.jsonl"):
         wall, processor = out.get(row["stage"], (0.0, 0.0))
         out[row["stage"]] = (wall + row["wall_seconds"], processor + row["processor_seconds"])
     return out

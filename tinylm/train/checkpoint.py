@@ -1,11 +1,15 @@
 """Checkpoints: Orbax inside (it checksums no array data), our sealed manifest outside."""
 
+import contextlib
 import errno
 import functools
 import hashlib
+import logging
 import os
 import re
 import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +31,9 @@ def save(folder: Path, state: State, **facts: Any) -> Path:
     place = at(folder, step)
     rest = {"opt": state.opt, "hyper": state.hyper, "step": state.step}
     try:
-        with files.staged(place, step=step, **facts) as draft, ocp.StandardCheckpointer() as writer:
+        with (files.staged(place, step=step, **facts) as draft, _hushed(),
+              ocp.StandardCheckpointer() as writer):
             if sum(a.nbytes for a in jax.tree.leaves(state)) > shutil.disk_usage(draft).free:
-                # said before Orbax begins: its threads would print tracebacks
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(place))
             writer.save(draft / "params", state.params)
             writer.save(draft / "rest", rest)
@@ -39,6 +43,24 @@ def save(folder: Path, state: State, **facts: Any) -> Path:
             raise
         raise OSError(int(code[1]), os.strerror(int(code[1])), str(place)) from None
     return place
+
+
+@contextlib.contextmanager
+def _hushed() -> Iterator[None]:
+    """Keep Orbax's threads from printing tracebacks of what the writer raises as well.
+
+    After a failure some threads still answer to a loop that is closed by then: that stays unsaid.
+    """
+    logger, hook = logging.getLogger("absl"), sys.excepthook
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    sys.excepthook = lambda kind, value, trace: (
+        None if str(value) == "Event loop is closed" else hook(kind, value, trace))
+    try:
+        yield
+        sys.excepthook = hook
+    finally:
+        logger.setLevel(before)
 
 
 def steps(folder: Path) -> list[Path]:

@@ -161,8 +161,8 @@ class Clock:
         spent = {"compile": self._compiled(self.began), **self.spent}
         spent |= {"compute": wall - sum(spent.values()), "wall": wall}
         row = {f"{k}_seconds": round(v, 3) for k, v in spent.items()}
-        files.append_lines(self.path, [json.dumps({
-            "first_step": self.first_step, "last_step": self.last_step, **row})])
+        files.append_row(self.path, {
+            "first_step": self.first_step, "last_step": self.last_step, **row})
 
     def _compiled(self, since: float) -> float:
         return sum(end - began for began, end in self.compiling if began >= since)

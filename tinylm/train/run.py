@@ -48,18 +48,47 @@ def settle(folder: Path, config: Any, kind: str, plan: machine.Plan, text: Path)
             "code_id": code_id(), "versions": machine.versions(), "config": configs.to_json(config)}
     place = folder / "config.json"
     if place.exists():
-        finished = (folder / "record.json").exists()
+        finished = record(folder)
         begun = _current(files.read_json(place))  # before some fields were there, perhaps
         _same(place, begun, mine, ("kind",))
         begun["config"] = configs.to_json(configs.from_json(type(config), begun["config"]))
         _same(place, begun, mine, ("kind", "config") if finished else
               ("kind", "config", "versions", "code_id"))
+        if not finished:
+            kept, here = files.read_json(folder / "environment.json"), machine.environment()
+            _same(place, kept, here, tuple(k for k in machine.BITS if k in kept))
+        elif bad := files.changed(folder, finished.get("files", {})):
+            raise files.Damaged(f"{bad[0]}; delete {folder} and run again")
         return configs.from_json(machine.Plan, files.read_json(folder / "plan.json"), "plan.json")
+    if (folder / "checkpoints").exists():
+        raise files.Damaged(f"{place} is missing where checkpoints are; delete {folder} and run "
+                            "again")
     files.write_json(folder / "plan.json", asdict(plan))
     way = {"text": os.path.relpath(text, folder)}
     files.write_json(folder / "environment.json", {**machine.environment(), **way})
     files.write_json(place, mine)
     return plan
+
+
+def adopt(folder: Path) -> bool:
+    """Let a run that has begun go on with the code, versions and machine of here, on record.
+
+    False where nothing differs. What it was begun with stays in its config.json and its record.
+    """
+    folder = Path(folder)
+    if record(folder) is not None:
+        raise BadInput(f"{folder} is finished and needs no other machine; train a new run")
+    begun, kept = (files.read_json(folder / name) for name in ("config.json", "environment.json"))
+    before = {"code_id": begun["code_id"], "versions": begun["versions"],
+              **{name: kept[name] for name in machine.BITS if name in kept}}
+    here = {"code_id": code_id(), "versions": machine.versions(), **machine.environment()}
+    if all(here[name] == value for name, value in before.items()):
+        return False
+    files.write_json(folder / "environment.json", {**kept, **machine.environment()})
+    files.write_json(folder / "config.json", {
+        **begun, "code_id": here["code_id"], "versions": here["versions"],
+        "adopted_from": [*begun.get("adopted_from", []), before]})
+    return True
 
 
 def planned(folder: Path) -> machine.Plan | None:
@@ -106,6 +135,7 @@ def finish(folder: Path, config: Any, kind: str, status: str, **facts: Any) -> d
     out = {"schema": SCHEMA, "id": configs.identity(config), "kind": kind, "status": status,
            "config": opened["config"], "code_id": opened["code_id"],
            "versions": opened["versions"], "plan": files.read_json(folder / "plan.json"),
+           **({"adopted_from": opened["adopted_from"]} if "adopted_from" in opened else {}),
            **facts, "files": logs}
     files.write_json(folder / "record.json", out)
     return out
@@ -142,8 +172,10 @@ def _same(place: Path, old: dict[str, Any], new: dict[str, Any], keys: tuple[str
     for key in keys:
         if old.get(key) != new[key]:
             before, after = _first_difference(old.get(key), new[key], key)
+            taken = "" if key in ("kind", "config") else (
+                f"`tinylm adopt {place.parent}` to go on here and have that recorded, ")
             raise BadInput(f"{place.parent} was begun with {before}, this is {after}; "
-                           "go on as it was begun, or choose a new folder")
+                           f"go on as it was begun, {taken}or choose a new folder")
 
 
 def _first_difference(old: Any, new: Any, name: str) -> tuple[str, str]:

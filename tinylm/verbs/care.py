@@ -1,4 +1,4 @@
-"""Verbs that look after what is there: bench, report, verify."""
+"""Verbs that look after what is there: bench, report, verify, adopt."""
 
 from pathlib import Path
 from typing import Literal
@@ -12,8 +12,10 @@ from tinylm.train import run
 
 NOTES = ("config.json", "plan.json", "record.json", "failure.json", "environment.json",
          "sweep.json", "tuning.json", "baselines.json", "law.json", "forecast.json", "score.json",
-         "samples.json", "alignment.json", "guard.json")
+         "samples.json", "alignment.json", "guard.json", "report.json")
 """the files that a run, a sweep and a study leave outside sealed folders"""
+CLOCKS = ("timing.jsonl", "workers.jsonl", "stages.jsonl")
+"""and the logs whose rows are sealed each"""
 
 
 def bench(what: Positional[Literal["machine", "train", "decode", "population", "sweep"]],
@@ -89,9 +91,12 @@ def verify(path: Positional[Path], json: bool = False) -> None:
         if (note.name == "record.json" and found.get("status") == "ok"
                 and not any(note.parent.glob("checkpoints/step-*"))):
             bad.append(f"{note.parent} {run.LOST}")
-        bad += [f"{note.parent / name} has other bytes than its record says"
-                for name, sha in found.get("files", {}).items()
-                if not (note.parent / name).exists() or files.sha256(note.parent / name) != sha]
+        bad += files.changed(note.parent, found.get("files", {}))
+    for log in sorted(p for name in CLOCKS for p in path.rglob(name)):
+        try:
+            files.read_rows(log)
+        except files.Damaged as damage:
+            bad.append(str(damage))
     runs = {str(p.parent): _hashes(p.parent) for p in notes if json and p.name == "record.json"
             and not bad}
     progress.answer({"checked": len(sealed) + len(notes), "bad": bad, "runs": runs}, json,
@@ -99,6 +104,26 @@ def verify(path: Positional[Path], json: bool = False) -> None:
                     or f"{len(sealed)} sealed folders and {len(notes)} notes are sound")
     if bad:
         raise SystemExit(1)
+
+
+def adopt(path: Positional[Path], json: bool = False) -> None:
+    """Let begun runs go on with the code, versions and machine of here; their records say so.
+
+    Args:
+        path: a run, or a folder of runs
+        json: print the runs that were adopted on the last line
+    """
+    begun = [p.parent for p in sorted(path.rglob("config.json"))
+             if not (p.parent / "record.json").exists()]
+    if not begun:
+        raise BadInput(f"{path} holds no run that was begun and is not finished")
+    taken = []
+    for folder in begun:
+        with files.lease(folder):
+            if run.adopt(folder):
+                taken.append(str(folder))
+    progress.answer({"adopted": taken}, json, "\n".join(f"{name} goes on here" for name in taken)
+                    or "nothing differs from what these runs were begun with")
 
 
 def _hashes(folder: Path) -> dict[str, str]:

@@ -43,8 +43,15 @@ def plan_of(out: Path, rows: int, shape: Shape, devices: int = 0) -> machine.Pla
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
-    """Read a sweep's transformers (of a study its sweep's), but for those that test a forecast."""
+    """Read a sweep's transformers (of a study its sweep's), but for those that test a forecast.
+
+    A run that the sweep lists and that has no record is said to be left out.
+    """
     inside = folder / "sweep" if (folder / "sweep").is_dir() else folder
+    if (inside / "sweep.json").exists():
+        for name in files.read_json(inside / "sweep.json")["runs"]:
+            if not (place := inside / name / "record.json").exists():
+                progress.say(f"left out: {place} is missing (not finished yet, or failed, or lost)")
     found = [r for r in run.table(sorted(p.parent for p in inside.rglob("record.json")))
              if r["kind"] in ("pretrain", "branch") and not r["config"]["forecast_sha256"]
              and r["config"]["model"]["kind"] == "transformer"]
