@@ -1,17 +1,19 @@
 """Does optimising a learnt reward too far lose the true one, and can the peak be forecast?
 
-question   Gold (text/rubric.py) and proxy against d = sqrt(KL) for best-of-n, by reward-model size
-           and number of pairs: fits of R = d (a - b d) and R = d (a - b ln d) (Gao et al.,
-           2210.10760), which holds better, and the gold peak of a held-out, larger reward model
-           forecast from the smaller ones before it is trained.
+question   Gold (text/rubric.py) and proxy against d = sqrt(KL) for best-of-n and for GRPO, by
+           reward-model size and number of pairs: fits of R = d (a - b d) and R = d (a - b ln d)
+           (Gao et al., 2210.10760), which holds better, and the gold peak of a held-out, larger
+           reward model forecast from the smaller ones before it is trained.
 command    python experiments/overoptimisation.py --sft RUN --trunks SMALL.. LARGE --out DIR
-cost       about 20 minutes on two cores for the default study's models
+cost       about 40 minutes on two cores for the default study's models
 expected   proxies of few pairs peak within n = 256, then lose gold; the forecast within .25
 result     not recorded yet
 
-KL of best-of-n is its bound ln n - (n - 1) / n. R is gold above the tuned model's mean.
+KL of best-of-n is its bound ln n - (n - 1) / n, of a policy that of its rollouts, exact at each
+token. R is gold above the tuned model's mean.
 """
 
+import itertools
 import math
 import sys
 from dataclasses import dataclass
@@ -25,10 +27,11 @@ from lr_by_width import arguments, guarded, write_table
 
 from tinylm import files, machine
 from tinylm.config import BadInput
-from tinylm.evaluate import pool
+from tinylm.evaluate import pool, suite
 from tinylm.evaluate.rates import best_of_n
 from tinylm.look import progress
-from tinylm.stages.reward import RewardConfig, reward, scored
+from tinylm.stages import policy as policies
+from tinylm.stages.reward import RewardConfig, judge_of, reward, scored
 from tinylm.text import rubric, tasks
 from tinylm.text.preferences import Ranked
 from tinylm.train import checkpoint
@@ -64,6 +67,12 @@ class Args:
     """tokens of a response at most"""
     epochs: float = 2.0
     """over the pairs"""
+    rollouts: int = 40
+    """of each policy that is optimised against a reward model; 0: best-of-n alone"""
+    policy_lr: float = 3e-3
+    """rate of those policies"""
+    policy_beta: float = 0.01
+    """reward that a nat of KL costs them: little, so that they go too far"""
     results: Path | None = None
     """folder for the table and the summary"""
 
@@ -79,26 +88,35 @@ def main(args: Args) -> int:
                    (("train", 2 * max(args.pairs)), ("test", args.prompts)))
     rankings = pool.sampled(model, policy, learnt, train, 2, args.budget, rubric.gold, 0)
     many = pool.sampled(model, policy, learnt, test, args.samples, args.budget, rubric.gold, 1)
-    table, curves = [], {}
+    ways = ("best_of_n", "grpo") if args.rollouts else ("best_of_n",)
+    rows: dict[str, list[tuple]] = {way: [] for way in ways}
+
+    def measure(place: Path) -> None:
+        for pairs, seed in itertools.product(args.pairs, range(args.seeds)):
+            rows["best_of_n"] += selected(args, place, pairs, seed, rankings, many)
+            if args.rollouts:
+                rows["grpo"] += optimised(args, place, pairs, seed, train, float(
+                    rankings.gold.mean()))
+
     for place in args.trunks[:-1]:
-        curves[place] = [row for pairs in args.pairs for seed in range(args.seeds)
-                         for row in measured(args, place, pairs, seed, rankings, many)]
-        table += curves[place]
-    said = forecast(args, [row for rows in curves.values() for row in rows], size(args.trunks[-1]))
+        measure(place)
+    largest = size(args.trunks[-1])
+    said = {way: forecast(args, rows[way], largest) for way in ways}
     files.write_json(args.out / "forecast.json", said)  # before the largest is trained
-    last = [row for pairs in args.pairs for seed in range(args.seeds)
-            for row in measured(args, args.trunks[-1], pairs, seed, rankings, many)]
-    table += last
-    summary = {"gold_mean": float(many.gold.mean()), "gold_sd": float(many.gold.std()),
-               "forecast": said, "fits": fitted(table),
-               "outcome": [{**row, **outcome(last, row["pairs"])} for row in said["peaks"]]}
-    for row in summary["outcome"]:
-        progress.say(f"{row['pairs']} pairs: best gold forecast {row['gold_peak']:.3f} above the "
-                     f"tuned model's mean, measured {row['measured_peak']:.3f}")
+    measure(args.trunks[-1])
+    summary = {"gold_mean": float(many.gold.mean()), "gold_sd": float(many.gold.std())}
+    for way in ways:
+        last = [row for row in rows[way] if row[0] == largest]
+        told = [{**row, **outcome(last, row["pairs"])} for row in said[way]["peaks"]]
+        summary[way] = {"forecast": said[way], "fits": fitted(rows[way]), "outcome": told}
+        for row in told:
+            progress.say(f"{way}, {row['pairs']} pairs: best gold forecast {row['gold_peak']:.3f} "
+                         f"above the tuned model's mean, measured {row['measured_peak']:.3f}")
     if args.results:
-        head = ("params", "pairs", "seed", "accuracy", "ceiling", "n", "kl_nats", "gold", "proxy",
-                "falls", "falls_low95")
-        write_table(args.results / "overoptimisation.csv", head, table)
+        head = ("params", "pairs", "seed", "accuracy", "ceiling", "turns", "kl_nats", "gold",
+                "proxy", "falls", "falls_low95", "way")
+        write_table(args.results / "overoptimisation.csv", head,
+                    [(*row, way) for way in ways for row in rows[way]])
         files.write_json(args.results / "overoptimisation.json", summary)
     return 0
 
@@ -109,7 +127,30 @@ def size(place: Path) -> int:
     return found["head"] + found["blocks"]
 
 
-def measured(args: Args, place: Path, pairs: int, seed: int, rankings: pool.Pool,
+def optimised(args: Args, place: Path, pairs: int, seed: int, asked: list[tasks.Task],
+              gold_mean: float) -> list[tuple]:
+    """Optimise the tuned run's policy against one reward model; give a row for each rollout."""
+    model, tokens, learnt = models.opened(args.sft, None)
+    judge_model, _, _ = models.opened(place, None)
+    folder = args.out / f"{place.name}-{pairs}-{seed}"
+    kept = files.read_json(folder / "record.json")
+    judge = judge_of(judge_model, checkpoint.final_scorer(folder, judge_model))
+    asked, prompts = suite.fitting(model, asked, learnt, args.budget)
+    config = policies.PolicyConfig(
+        optim=OptimConfig(lr=args.policy_lr, decay=1.0), rollouts=args.rollouts, seed=seed,
+        budget=args.budget, beta=args.policy_beta, model=model, judge=kept["id"],
+        parent=folders.finished(args.sft)["id"], data_id=policies.prompts_id(prompts))
+    plan = machine.plan_for(config.prompts, model.T, model.D, *machine.survey())
+    out = args.out / f"grpo-{folder.name}"
+    policies.policy(out, config, args.sft, prompts, judge, tokens, plan, watch=lambda rolled, who: (
+        suite.golds([asked[i] for i in who], rolled, learnt, rubric.gold)))
+    sure = kept["preferences"]
+    return [(size(place), pairs, seed, sure["accuracy"], kept["config"]["ceiling"], row["step"],
+             row["train/kl_nats"], row["train/gold"] - gold_mean, row["train/reward"], 0.0, 0.0)
+            for row in files.read_lines(out / "metrics.jsonl")]
+
+
+def selected(args: Args, place: Path, pairs: int, seed: int, rankings: pool.Pool,
              many: pool.Pool) -> list[tuple]:
     """Train one reward model on so many pairs and select by it; give a row for each n."""
     some = pool.Pool(*(of[seed::args.seeds][:pairs] for of in rankings))
@@ -127,15 +168,15 @@ def measured(args: Args, place: Path, pairs: int, seed: int, rankings: pool.Pool
                     plan)
     flat = Ranked(many.rollout.tokens[:, None], many.rollout.mask[:, None],
                   np.zeros((many.gold.size, 1, 1), np.float32))
-    told = scored(model, checkpoint.final_scorer(folder, model), flat)[:, 0]
-    proxy = jnp.where(many.ended > 0, told.reshape(many.gold.shape), -1e3)
-    gold, shown = jnp.asarray(many.gold), jnp.where(many.ended > 0, proxy, proxy.min())
+    told = scored(model, checkpoint.final_scorer(folder, model), flat).reshape(many.gold.shape)
+    proxy = jnp.where(many.ended > 0, told, -1e3)  # what does not end is chosen last
+    gold = jnp.asarray(many.gold)
     ns = [n for n in NS if n <= args.samples]
     golds = np.stack([np.asarray(best_of_n(proxy, gold, n)) for n in ns]) - many.gold.mean()
     drop, low = falls(golds)
     return [(size(place), pairs, seed, record["preferences"]["accuracy"], ceiling, n,
              math.log(n) - (n - 1) / n, float(curve.mean()),
-             float(best_of_n(proxy, shown, n).mean()), drop, low)
+             float(best_of_n(proxy, jnp.asarray(told), n).mean()), drop, low)
             for n, curve in zip(ns, golds, strict=True)]
 
 
@@ -153,7 +194,7 @@ def fitted(table: list[tuple]) -> list[dict[str, Any]]:
     """Fit both laws to each reward model's gold; give a, b and the rms of what is left."""
     out = []
     for key in sorted({row[:3] for row in table}):
-        rows = [row for row in table if row[:3] == key and row[5] > 1]
+        rows = [row for row in table if row[:3] == key and row[5] > 1 and row[6] > 0]
         d, gold = (np.array([f(row) for row in rows]) for f in (lambda r: math.sqrt(r[6]),
                                                                 lambda r: r[7]))
         for name, columns in LAWS.items():
@@ -167,11 +208,13 @@ def fitted(table: list[tuple]) -> list[dict[str, Any]]:
 def forecast(args: Args, table: list[tuple], params: int) -> dict[str, Any]:
     """Forecast the best gold within reach of the largest reward model, from straight lines.
 
-    a and b of the law that leaves less are linear in ln params for each number of pairs.
+    a and b of the law that leaves less are linear in ln params for each number of pairs; within
+    reach is every d that the smaller ones came to.
     """
     fits = fitted(table)
     left = {name: float(np.mean([f["rms"] for f in fits if f["law"] == name])) for name in LAWS}
-    better, reach = min(left, key=left.get), np.sqrt([math.log(n) - (n - 1) / n for n in NS[1:]])
+    better = min(left, key=left.get)
+    reach = np.sqrt(sorted({row[6] for row in table if row[5] > 1 and row[6] > 0}))
     peaks = []
     for pairs in args.pairs:
         some = [f for f in fits if f["law"] == better and f["pairs"] == pairs]
@@ -187,10 +230,11 @@ def forecast(args: Args, table: list[tuple], params: int) -> dict[str, Any]:
 def outcome(table: list[tuple], pairs: int) -> dict[str, float]:
     """Give the best gold of the mean curve over seeds, where it lies, and the spread of seeds."""
     rows = [row for row in table if row[1] == pairs and row[5] > 1]
-    curves = np.array([[row[7] for row in rows if row[2] == seed]
-                       for seed in sorted({row[2] for row in rows})])
+    seeds = [[row for row in rows if row[2] == seed] for seed in sorted({r[2] for r in rows})]
+    turns = min(map(len, seeds))  # a guard may end a policy early
+    curves = np.array([[row[7] for row in one[:turns]] for one in seeds])
     mean = curves.mean(0)
-    d = np.sqrt([row[6] for row in rows if row[2] == rows[0][2]])
+    d = np.sqrt(np.mean([[row[6] for row in one[:turns]] for one in seeds], axis=0))
     return {"measured_peak": float(mean.max()), "measured_at_d": float(d[mean.argmax()]),
             "seeds_sd": float(curves[:, mean.argmax()].std(ddof=1)) if len(curves) > 1 else 0.0}
 

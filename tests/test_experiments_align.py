@@ -66,11 +66,13 @@ def test_a_toy_study_of_over_optimisation_writes_its_forecast_first(tmp_path):
         assert made.returncode == 0, made.stderr
     done = experiment("overoptimisation", "--sft", tmp_path / "d16", "--trunks", tmp_path / "d8",
                       tmp_path / "d12", tmp_path / "d16", "--out", tmp_path / "out", "--pairs", 8,
-                      16, "--seeds", 2, "--prompts", 4, "--samples", 8, "--budget", 8, "--results",
-                      tmp_path)
+                      16, "--seeds", 2, "--prompts", 4, "--samples", 8, "--budget", 8, "--rollouts",
+                      2, "--results", tmp_path)
     assert done.returncode == 0, done.stderr
     said = json.loads((tmp_path / "overoptimisation.json").read_text())
     first = files.read_json(tmp_path / "out/forecast.json")
-    assert said["forecast"]["peaks"] == first["peaks"] and len(said["outcome"]) == 2
+    for way in ("best_of_n", "grpo"):
+        assert said[way]["forecast"]["peaks"] == first[way]["peaks"]
+        assert len(said[way]["outcome"]) == 2
     rows = list(csv.DictReader((tmp_path / "overoptimisation.csv").read_text().splitlines()))
-    assert len(rows) == 3 * 2 * 2 * 4
+    assert len(rows) == 3 * 2 * 2 * (4 + 2)

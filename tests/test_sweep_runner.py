@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from test_stages_pretrain import bits, config, data  # noqa: F401  (fixtures)
 
-from tinylm import files
+from tinylm import files, leases
 from tinylm.config import BadInput, from_json, to_json
 from tinylm.stages.pretrain import PretrainConfig
 from tinylm.sweep import cells, presets, runner, times, worker
@@ -183,6 +183,6 @@ def test_every_preset_builds_its_grid_and_refuses_a_corpus_too_small(study, data
 
 def test_a_run_held_by_another_process_stops_the_sweep_in_words(
         tmp_path, config, data):  # noqa: F811
-    with files.lease(tmp_path / "runs" / cells.name(config)), pytest.raises(
-            files.Owned, match="1 runs of .* are held by another process"):
+    with leases.hold(tmp_path / "runs" / cells.name(config)), pytest.raises(
+            leases.Owned, match="1 runs of .* are held by another process"):
         runner.sweep(tmp_path / "runs", [config], data.folder)

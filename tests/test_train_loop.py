@@ -1,12 +1,15 @@
 """A run's clock, which counts what was compiled once, and its checkpoints on a full disk."""
 
+import signal
+import time
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
-from tinylm import files
+from tinylm import files, machine
+from tinylm.config import BadInput
 from tinylm.train import checkpoint, loop
 from tinylm.train.step import State
 
@@ -58,3 +61,27 @@ def test_a_checkpoint_too_large_for_its_disk_is_an_os_error_and_the_one_before_s
     assert capfd.readouterr().err == "" and len(list(tmp_path.iterdir())) == 1
     kept, _ = checkpoint.newest(tmp_path, first, None)
     assert (kept.params["w"] == 1).all()
+
+
+@pytest.mark.parametrize(("grace", "codes"), [("0.05", [75]), ("", []), ("60", [])])
+def test_a_signal_grants_the_grace_that_there_is(monkeypatch, capsys, grace, codes):
+    monkeypatch.setenv("TINYLM_GRACE", grace)
+    ended = []
+    monkeypatch.setattr(loop.os, "_exit", ended.append)
+    with loop._signals() as stop:
+        assert not stop()
+        signal.raise_signal(signal.SIGTERM)
+        assert stop()
+        until = time.monotonic() + 10
+        while codes and not ended and time.monotonic() < until:
+            time.sleep(0.01)
+        with pytest.raises(loop.Stopped, match="second signal"):
+            signal.raise_signal(signal.SIGTERM)
+    assert ended == codes and ("of grace" in capsys.readouterr().err) == bool(codes)
+
+
+@pytest.mark.parametrize("grace", ["soon", "-1", "nan"])
+def test_a_grace_that_is_no_time_is_refused(monkeypatch, grace):
+    monkeypatch.setenv("TINYLM_GRACE", grace)
+    with pytest.raises(BadInput, match=f"TINYLM_GRACE='{grace}'"):
+        machine.grace()

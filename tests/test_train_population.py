@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from test_stages_pretrain import bits, config, data  # noqa: F401  (fixtures)
 
-from tinylm import files, machine
+from tinylm import files, leases, machine
 from tinylm.config import BadInput
 from tinylm.model.decoder import ModelConfig, init
 from tinylm.stages.pretrain import pretrain, pretrain_population
@@ -223,5 +223,5 @@ def test_what_cannot_be_a_population_is_refused_in_words(
     with pytest.raises(BadInput, match="begun as one of a population of 4"):
         pretrain(whole[0] / "run-0", members["run-0"], data, PLAN)
     (tmp_path / "record.json").rename(whole[0] / "run-0/record.json")
-    with files.lease(whole[0] / "run-1"), pytest.raises(files.Owned):
+    with leases.hold(whole[0] / "run-1"), pytest.raises(leases.Owned):
         pretrain_population(whole[0], members, data, PLAN)

@@ -14,7 +14,7 @@ from tinylm.laws.accounting import flops_per_token_full
 from tinylm.model import attention
 from tinylm.model.decoder import ModelConfig, init
 from tinylm.model.generate import Decoding, decode, prefill
-from tinylm.train import losses, optim, step
+from tinylm.train import loop, losses, optim, step
 from tinylm.train.batch import Batch
 
 SMALL = ModelConfig(V=64, D=16, L=2, H=2, T=16)
@@ -217,3 +217,31 @@ def test_train_and_decode_steps_lower_for_every_platform_from_here(platform, com
     run = jax.jit(lambda p, s, k, t: decode(config, p, Decoding(*s), 4, k, t))
     args = (state.params, tuple(begun_row), jax.random.key(0), jnp.float32(1.0))
     assert jax.export.export(run, platforms=[platform])(*args).platforms == (platform,)
+
+
+def test_a_step_that_is_not_finite_is_passed_by_where_that_is_asked_for():
+    state, tx = begun()
+    loss = losses.next_token(SMALL)
+
+    def broken(params, batch):
+        value, sums = loss(params, batch)
+        return jnp.where(batch.tokens[0, 0] == 3, jnp.nan, 1.0) * value, sums
+
+    def at(first: int, seed: int) -> Batch:
+        batch = ragged(4, seed)
+        tokens = np.array(batch.tokens)
+        tokens[:, 0] = first
+        return batch._replace(tokens=tokens)
+
+    chunk = step.make_chunk(step.make_step(broken, tx, machine.mesh(1), 4, skip=True))
+    seen = [at(1, 0), at(3, 1), at(1, 2)]
+    after, metrics = chunk(state, jax.tree.map(lambda *a: np.stack(a), *seen), 3)
+    assert list(metrics["skipped"]) == [0, 1, 0] and int(after.step) == 3
+    row = loop._row({k: np.asarray(v) for k, v in metrics.items()}, 0, 3, 8)
+    assert row["train/skipped"] == pytest.approx(1 / 3) and row["train/nats_per_token"] > 0
+    plain = jax.jit(step.make_step(loss, tx, machine.mesh(1), 4))
+    other, _ = begun()
+    other, _ = plain(other, seen[0])
+    other, _ = plain(other._replace(step=other.step + 1), seen[2])
+    for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Atomic writes, sha256, manifests and leases: the only place that opens a file for writing.
+"""Atomic writes, sha256 and manifests: the only place that opens a file for writing.
 
 A file appears whole or not at all (temporary sibling, flush, fsync, rename, fsync of the folder).
 A folder appears whole or not at all too: it is staged beside its place, sealed by a manifest of
@@ -6,12 +6,10 @@ every file's size and sha256, and renamed. Every load of a sealed folder verifie
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -23,10 +21,6 @@ MANIFEST = "MANIFEST.json"
 
 class Damaged(BadInput):
     """A file is missing, or its bytes are not those its manifest promises."""
-
-
-class Owned(BadInput):
-    """Another process holds this folder."""
 
 
 def write_bytes(path: Path, data: bytes | memoryview) -> None:
@@ -248,35 +242,6 @@ def verified(folder: Path) -> dict[str, Any]:
         more = f" (and {len(found) - 1} more)" if found[1:] else ""
         raise Damaged(f"{found[0]}{more}; delete {folder} and run again")
     return read_json(Path(folder) / MANIFEST)
-
-
-@contextlib.contextmanager
-def lease(folder: Path) -> Iterator[None]:
-    """Hold a folder for one writer; Owned says who has it. Ends with the process, however."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lease", "a+b") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            f.seek(0)
-            owner = f.read(200).decode("utf-8", "replace").strip() or "another process"
-            raise Owned(f"{folder} is being written by {owner}; wait for it or stop it") from None
-        with _named(folder / ".lease"):
-            f.truncate(0)
-            f.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
-            f.flush()
-        _sweep_out(folder)
-        yield
-
-
-def _sweep_out(folder: Path) -> None:
-    """Delete what the dead left half written, but not in a folder that has its own lease."""
-    for path in folder.iterdir():
-        if path.name.startswith(".") and path.suffix in (".tmp", ".old"):
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
-        elif path.is_dir() and not path.is_symlink() and not (path / ".lease").exists():
-            _sweep_out(path)
 
 
 def _below(folder: Path) -> list[Path]:

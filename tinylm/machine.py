@@ -110,6 +110,18 @@ def devices_asked() -> int:
     return int(told or max(2, len(cores())))
 
 
+def grace() -> float:
+    """Give the seconds that TINYLM_GRACE grants from a signal to the end; 0: what it takes."""
+    told = os.environ.get("TINYLM_GRACE", "") or "0"
+    try:
+        seconds = float(told)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < 1e6:
+        raise BadInput(f"TINYLM_GRACE={told!r} is no number of seconds from 0; unset it")
+    return seconds
+
+
 def cores() -> list[int]:
     """List the CPU cores this process may use."""
     if hasattr(os, "sched_getaffinity"):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tinylm import files, machine
+from tinylm import leases, machine
 from tinylm.config import BadInput, require
 from tinylm.evaluate.heldout import eval_id, heldout
 from tinylm.laws.accounting import flops_per_token
@@ -62,7 +62,7 @@ def dpo(folder: Path, config: DpoConfig, parent: Path, train: Ranked, held: Rank
     the log-probabilities of chosen and rejected responses moved; its `loss` that on base text.
     """
     folder = Path(folder)
-    with files.lease(folder):
+    with leases.hold(folder):
         if run.planned(folder) is None:
             check(config, train, held, plan)
         plan = run.settle(folder, config, "dpo", plan, data.folder.parent)
@@ -73,7 +73,8 @@ def dpo(folder: Path, config: DpoConfig, parent: Path, train: Ranked, held: Rank
         tx = optim.optimiser(config.optim, model)
         before = checkpoint.final_params(parent, model)
         loss = losses.preference(model, config.beta, config.smoothing, plan)
-        chunk = step.make_chunk(step.make_step(loss, tx, mesh, plan.micro))
+        chunk = step.make_chunk(step.make_step(
+            loss, tx, mesh, plan.micro, config.optim.nonfinite == "skip"))
         with loop.Clock(folder) as clock:
             with clock.doing("start"):
                 pairs, others = (against(model, before, split) for split in (train, held))

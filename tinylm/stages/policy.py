@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from tinylm import files, machine
+from tinylm import files, leases, machine
 from tinylm.config import BadInput, require
 from tinylm.evaluate.heldout import eval_id, heldout
 from tinylm.laws.accounting import flops_per_token
@@ -154,7 +154,7 @@ def policy(folder: Path, config: PolicyConfig, parent: Path, prompts: Sequence[n
     of the policy's learning alone.
     """
     folder = Path(folder)
-    with files.lease(folder):
+    with leases.hold(folder):
         if run.planned(folder) is None:
             check(config, prompts, plan)
         plan = run.settle(folder, config, config.method, replace(plan, chunk=config.updates),
@@ -167,7 +167,8 @@ def policy(folder: Path, config: PolicyConfig, parent: Path, prompts: Sequence[n
         tx = optim.optimiser(config.optim, model)
         steps = config.rollouts * config.updates
         state = step.start(started(config, ref), tx, optim.hyper(config.optim, steps))
-        update = jax.jit(step.make_step(policy_loss(config, plan), tx, mesh, plan.micro))
+        update = jax.jit(step.make_step(policy_loss(config, plan), tx, mesh, plan.micro,
+                                        config.optim.nonfinite == "skip"))
         metrics, guard = folder / "metrics.jsonl", folder / "guard.json"
 
         def batch_at(t: int) -> np.ndarray:

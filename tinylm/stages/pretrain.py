@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tinylm import files, machine
+from tinylm import files, leases, machine
 from tinylm.config import BadInput, canonical, digest, from_json, identity, require, to_json
 from tinylm.evaluate.heldout import eval_id, heldout
 from tinylm.laws.accounting import STATE_BYTES, flops_per_token, parameters, six_nd
@@ -162,7 +162,7 @@ def pretrain(
     `trunk` is the folder of a branch's trunk. A trunk itself is not evaluated.
     """
     folder = Path(folder)
-    with files.lease(folder):
+    with leases.hold(folder):
         if run.planned(folder) is None:  # refuse before anything of the run is written
             check(config, data, plan)
             machine.mesh(plan.devices)
@@ -211,7 +211,7 @@ def pretrain_population(
     _check_population(members, data, plan)
     with contextlib.ExitStack() as held:
         for place in (common, *places.values()):
-            held.enter_context(files.lease(place))
+            held.enter_context(leases.hold(place))
         for name, config in members.items():
             bound = run.settle(places[name], config, "pretrain", plan, data.folder.parent)
             if bound != plan:
@@ -315,7 +315,7 @@ def _program(model: ModelConfig, fixed: optim.OptimConfig, plan: machine.Plan):
     mesh, tx = machine.mesh(plan.devices), optim.optimiser(fixed, model)
     loss = losses.next_token(model, fixed.z_loss, plan)
     begin = jax.jit(lambda key, hyper, scale: step.start(init(model, key, scale), tx, hyper))
-    one = step.make_step(loss, tx, mesh, plan.micro)
+    one = step.make_step(loss, tx, mesh, plan.micro, fixed.nonfinite == "skip")
     return begin, step.make_chunk(
         population.make_step(one, plan.vmap) if plan.population > 1 else one)
 

@@ -6,6 +6,7 @@ Bradley-Terry over all pairs of a prompt at once, the score read at the response
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tinylm import files, machine
+from tinylm import leases, machine
 from tinylm.config import BadInput, require
 from tinylm.evaluate.rates import share
 from tinylm.laws.accounting import flops_per_token
@@ -23,6 +24,7 @@ from tinylm.model.decoder import ModelConfig, Params
 from tinylm.text.preferences import Ranked
 from tinylm.train import batch, checkpoint, loop, losses, optim, run, step
 from tinylm.train.optim import OptimConfig
+from tinylm.train.rollout import Rollout
 
 BINS = 10
 """of the calibration curve"""
@@ -69,7 +71,7 @@ def reward(folder: Path, config: RewardConfig, parent: Path, train: Ranked, held
     `checkpoint.final_scorer` normalises the head.
     """
     folder = Path(folder)
-    with files.lease(folder):
+    with leases.hold(folder):
         if run.planned(folder) is None:
             check(config, train, held, plan)
         plan = run.settle(folder, config, "reward", plan, text)
@@ -82,7 +84,8 @@ def reward(folder: Path, config: RewardConfig, parent: Path, train: Ranked, held
         state = step.start(heads.with_head(model, trunk, jax.random.key(config.seed)), tx,
                            optim.hyper(config.optim, config.steps))
         loss = losses.ranking(model, config.center, plan)
-        chunk = step.make_chunk(step.make_step(loss, tx, mesh, plan.micro))
+        chunk = step.make_chunk(step.make_step(
+            loss, tx, mesh, plan.micro, config.optim.nonfinite == "skip"))
 
         def batch_at(t: int) -> Ranked:
             rows = batch.order(len(train.tokens), config.seed, t, config.prompts)
@@ -136,6 +139,16 @@ def calibration(apart: np.ndarray) -> list[dict[str, float]]:
     right, bins = (np.sign(apart) + 1) / 2, np.minimum((2 * sure - 1) * BINS, BINS - 1).astype(int)
     return [{"thought": float(sure[bins == b].mean()), "right": float(right[bins == b].mean()),
              "pairs": int((bins == b).sum())} for b in np.unique(bins)]
+
+
+def judge_of(model: ModelConfig, params: Params) -> Callable[[Rollout, np.ndarray], np.ndarray]:
+    """Make a reward model the judge of a policy's rollouts."""
+    def judged(rolled: Rollout, prompts: np.ndarray) -> np.ndarray:
+        wins = np.zeros((len(rolled.tokens), 1, 1), np.float32)
+        return scored(model, params, Ranked(rolled.tokens[:, None], rolled.mask[:, None], wins)
+                      )[:, 0]
+
+    return judged
 
 
 def scored(model: ModelConfig, params: Params, ranked: Ranked) -> np.ndarray:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from tinylm import config as configs
-from tinylm import files, machine
+from tinylm import files, leases, machine
 from tinylm.config import BadInput, require
 from tinylm.evaluate.heldout import eval_id, heldout
 from tinylm.laws.accounting import flops_per_token
@@ -88,7 +88,7 @@ def sft(
     The record holds the held-out loss on assistant tokens before and after, and that on base text.
     """
     folder = Path(folder)
-    with files.lease(folder):
+    with leases.hold(folder):
         if run.planned(folder) is None:  # refuse before anything of the run is written
             check(config, train, held, plan)
         plan = run.settle(folder, config, "sft", plan, data.folder.parent)
@@ -100,7 +100,8 @@ def sft(
         before = checkpoint.final_params(parent, model)
         state = step.start(before, tx, optim.hyper(config.optim, config.steps))
         loss = losses.next_token(model, config.optim.z_loss, plan)
-        chunk = step.make_chunk(step.make_step(loss, tx, mesh, plan.micro))
+        chunk = step.make_chunk(step.make_step(
+            loss, tx, mesh, plan.micro, config.optim.nonfinite == "skip"))
 
         def batch_at(t: int) -> batch.Batch:
             base = config.replayed

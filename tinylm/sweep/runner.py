@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tinylm import config as configs
-from tinylm import files, machine
+from tinylm import files, leases, machine
 from tinylm.config import BadInput
 from tinylm.stages.pretrain import PretrainConfig
 from tinylm.sweep import packing
@@ -72,7 +72,7 @@ def sweep(
     """
     folder = Path(folder)
     wanted = {name(c): c for c in sorted(runs, key=lambda c: -c.spent)}
-    with files.lease(folder):
+    with leases.hold(folder):
         listed = _settle(folder, wanted, population)
         progress = Progress(wanted, *_so_far(folder, wanted), time.monotonic(), 0.0)
         progress.flops_before = progress.flops
@@ -81,7 +81,7 @@ def sweep(
         held = [n for n in wanted if run.record(folder / n) is None
                 and progress.status[n] != "failed"]
         if held:
-            raise files.Owned(f"{len(held)} runs of {folder} ({held[0]}, ...) are held by another "
+            raise leases.Owned(f"{len(held)} runs of {folder} ({held[0]}, ...) are held by another "
                               "process; run again when it has ended")
     return run.table(folder / n for n, c in wanted.items() if c.kind != "trunk")
 

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-from tinylm import files, machine
+from tinylm import files, leases, machine
 from tinylm.config import BadInput, from_json, identity
 from tinylm.train import run
 
@@ -112,7 +112,7 @@ def _one(folder: Path, configs: dict[str, Any], data: Any, plan: machine.Plan,
             records = _together(folder, configs, data, plan, told)
         for name, record in records.items():
             say(done=name, status=record["status"])
-    except files.Owned:
+    except leases.Owned:
         say(owned=names[0])
         return "held"
     except run.Stopped as stop:

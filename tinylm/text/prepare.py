@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from tinylm import files
+from tinylm import files, leases
 from tinylm.config import BadInput
 from tinylm.text import shards, tokenizer
 from tinylm.text.corpora import Corpus
@@ -20,7 +20,7 @@ def prepare(folder: Path, corpus: Corpus, V: int,
     another corpus or with another V raises BadInput.
     """
     folder = Path(folder)
-    with files.lease(folder):
+    with leases.hold(folder):
         if not (folder / "tokenizer").exists():
             with files.staged(folder / "tokenizer", asked=V,
                               corpus_id=corpus.id) as draft:

@@ -6,8 +6,10 @@ What a stage is comes in as functions; the loop knows only states, batches and i
 import contextlib
 import functools
 import json
+import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from tinylm import files
+from tinylm import files, machine
 from tinylm.machine import Plan
 from tinylm.train import checkpoint
 from tinylm.train.batch import Batch
@@ -192,7 +194,9 @@ def _by_member(metrics: Metrics) -> list[dict[str, np.ndarray]]:
 
 
 def _row(metrics: dict[str, np.ndarray], first: int, n: int, tokens_a_step: int) -> dict[str, Any]:
-    means = {f"train/{k}": float(np.mean(v[:n])) for k, v in metrics.items()}
+    taken = ~(metrics["skipped"][:n] > 0) if "skipped" in metrics else slice(None)
+    means = {f"train/{k}": float(np.mean(v[:n][taken] if k != "skipped" else v[:n]))
+             for k, v in metrics.items()}
     sound = {k: v if np.isfinite(v) else None for k, v in means.items()}
     return {"step": first + n, "tokens": (first + n) * tokens_a_step, **sound}
 
@@ -206,15 +210,30 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
+def _end(patience: float) -> None:
+    print(f"stopped without a new checkpoint after {patience:g} s of grace (TINYLM_GRACE); the "
+          "same command goes on", file=sys.stderr, flush=True)
+    os._exit(75)
+
+
 @contextlib.contextmanager
 def _signals() -> Iterator[Callable[[], bool]]:
-    """Catch SIGTERM, SIGINT and SIGHUP as a wish to stop; one that is ignored (nohup) stays so."""
+    """Catch SIGTERM, SIGINT and SIGHUP as a wish to stop; one that is ignored (nohup) stays so.
+
+    Where stopping takes longer than the grace there is (machine.grace), the process ends all the
+    same, its last checkpoint as it was.
+    """
     caught: list[int] = []
+    patience = machine.grace()
+    grace = threading.Timer(patience, _end, (patience,))
+    grace.daemon = True
 
     def note(number: int, frame: Any) -> None:
         if caught:
             raise Stopped("stopped at once by a second signal; the same command goes on")
         caught.append(number)
+        if patience:
+            grace.start()
 
     try:
         old = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -224,5 +243,6 @@ def _signals() -> Iterator[Callable[[], bool]]:
     try:
         yield lambda: bool(caught)
     finally:
+        grace.cancel()
         for s, handler in old.items():
             signal.signal(s, handler)

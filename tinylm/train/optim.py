@@ -52,6 +52,9 @@ class OptimConfig:
     decay: float = 0.3
     """share of the steps, at the end, over which the rate falls to 0"""
 
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """what a loss or gradient that is not finite does: end the run, or pass its step by"""
+
     def __post_init__(self):
         require("lr", self.lr, 1e-9, 1e30)
         for name, high in (("beta1", 0.99999), ("beta2", 0.99999), ("warmup", 1), ("decay", 1),

@@ -24,6 +24,7 @@ def make_step(step: Step, vmap: bool) -> Step:
         def advance() -> tuple[State, Metrics]:
             after, metrics = step(state, batch)
             sound = jnp.isfinite(metrics["nats_per_token"]) & jnp.isfinite(metrics["grad_norm"])
+            sound |= metrics.get("skipped", 0.0) > 0
             return jax.tree.map(lambda new, old: jnp.where(sound, new, old), after,
                                 over(state)), metrics
 

@@ -25,6 +25,7 @@ METRICS = {
     "train/nats_per_token": "mean training loss since the last row, nats a token",
     "train/grad_norm": "mean global norm of the gradient before clipping",
     "train/lr": "mean learning rate of a width-64 model",
+    "train/skipped": "share of the steps that were not finite and passed by; left out of the means",
     "heldout/answers_nats_per_token": "loss on held-out answers, rows of instruction tuning",
 }
 """the columns of metrics.jsonl"""

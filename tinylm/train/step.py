@@ -37,8 +37,11 @@ def start(params: Params, tx: optax.GradientTransformation, hyper: Hyper) -> Sta
 
 
 def make_step(loss: Loss, tx: optax.GradientTransformationExtraArgs, mesh: jax.sharding.Mesh,
-              micro: int) -> Step:
+              micro: int, skip: bool = False) -> Step:
     """Build step(state, batch) -> (state, metrics).
+
+    With `skip` a step whose loss or gradient is not finite changes nothing but the count of steps;
+    its metrics are NaN but for `skipped`, which is 1 there and 0 elsewhere.
 
     Every device takes its share of the batch's rows, `micro` at a time; gradients are of the sum
     of the losses and are divided once by the total weight, so neither micro-batches nor devices
@@ -73,9 +76,19 @@ def make_step(loss: Loss, tx: optax.GradientTransformationExtraArgs, mesh: jax.s
         metrics["grad_norm"] = optax.tree.norm(grads)
         metrics["lr"] = rate(state.hyper, state.step)
         params = optax.apply_updates(state.params, updates)
-        return State(params, opt, state.hyper, state.step + 1), metrics
+        after = State(params, opt, state.hyper, state.step + 1)
+        return passed_by(state, after, metrics) if skip else (after, metrics)
 
     return step
+
+
+def passed_by(state: State, after: State, metrics: Metrics) -> tuple[State, Metrics]:
+    """Go on from `after` where all metrics are finite, else from `state`, a step further."""
+    sound = functools.reduce(jnp.logical_and, [jnp.isfinite(v) for v in metrics.values()])
+    kept = jax.tree.map(lambda new, old: jnp.where(sound, new, old), after,
+                        state._replace(step=after.step))
+    return kept, {**{k: jnp.where(sound, v, jnp.nan) for k, v in metrics.items()},
+                  "skipped": 1.0 - sound}
 
 
 def make_chunk(step: Step) -> Callable[[State, Any, int], tuple[State, Metrics]]:

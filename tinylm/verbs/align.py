@@ -1,7 +1,6 @@
 """Verbs that learn from preferences and rewards: reward, dpo, ppo, grpo, best-of-n."""
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -22,7 +21,6 @@ from tinylm.text.preferences import Ranked
 from tinylm.text.tokenizer import Tokenizer
 from tinylm.train import checkpoint
 from tinylm.train.optim import OptimConfig
-from tinylm.train.rollout import Rollout
 from tinylm.verbs import folders, models
 
 MOST = 100_000
@@ -230,7 +228,7 @@ def _tasks(family: tuple[str, ...], split: tasks.Split, count: int, seed: int) -
 
 
 def _judge(reward: Path | None, model: ModelConfig, chosen: list[tasks.Task], learnt: Tokenizer
-           ) -> tuple[Callable[[Rollout, np.ndarray], np.ndarray], str]:
+           ) -> tuple[policies.Judge, str]:
     """Give the judge of responses to the chosen tasks, and what names it in a config."""
     if reward is None:
         return (lambda rolled, asked: suite.golds([chosen[i] for i in asked], rolled, learnt),
@@ -243,14 +241,8 @@ def _judge(reward: Path | None, model: ModelConfig, chosen: list[tasks.Task], le
     if scorer_model.T < model.T:
         raise BadInput(f"{reward} reads T={scorer_model.T} tokens and the run's context is "
                        f"T={model.T}; give a reward model of that context")
-    params = checkpoint.final_scorer(reward, scorer_model)
-
-    def scored(rolled: Rollout, asked: np.ndarray) -> np.ndarray:
-        rows = Ranked(rolled.tokens[:, None], rolled.mask[:, None],
-                      np.zeros((len(rolled.tokens), 1, 1), np.float32))
-        return judging.scored(scorer_model, params, rows)[:, 0]
-
-    return scored, record["id"]
+    return (judging.judge_of(scorer_model, checkpoint.final_scorer(reward, scorer_model)),
+            record["id"])
 
 
 def _ranked(read: list[preferences.Preference], heldout: float, learnt: Tokenizer,

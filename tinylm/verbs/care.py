@@ -5,7 +5,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from tinylm import files
+from tinylm import files, leases
 from tinylm.config import BadInput, require
 from tinylm.look import progress
 from tinylm.train import run
@@ -119,7 +119,7 @@ def adopt(path: Positional[Path], json: bool = False) -> None:
         raise BadInput(f"{path} holds no run that was begun and is not finished")
     taken = []
     for folder in begun:
-        with files.lease(folder):
+        with leases.hold(folder):
             if run.adopt(folder):
                 taken.append(str(folder))
     progress.answer({"adopted": taken}, json, "\n".join(f"{name} goes on here" for name in taken)
