@@ -1,11 +1,12 @@
 """AdamW or Muon: which is lower at equal tokens, and which at equal time?
 
-question   Each tuned over 5 rates at three widths and 3 seeds: how do the best losses compare after
+question   Each tuned over 6 rates at three widths and 3 seeds: how do the best losses compare after
            equal tokens, and after equal time? Does Muon's best rate stay where it is too?
 command    python experiments/optimisers.py --out studies/optimisers
 cost       about 30 minutes on two cores
 expected   Muon lower at equal tokens by .02 nats or more; at equal time undecided at small widths
-result     not run yet at full size (its toy size runs in the tests); AdamW is the default meanwhile
+result     Muon lower by .072 to .078 nats at equal tokens; at equal time -.039, -.038, +.045 at
+           widths 24, 64, 128, where a step takes 1.14, 1.12, 1.36 times the time: AdamW stays
 """
 
 import functools
@@ -40,7 +41,7 @@ class Args:
     """text files; none: the default corpus"""
     widths: tuple[int, ...] = (24, 64, 128)
     """sizes of the default study"""
-    rates: tuple[float, ...] = (1.5e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2)
+    rates: tuple[float, ...] = (1.5e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2, 4.8e-2)
     """rates of a width-64 model"""
     seeds: int = 3
     """of initial parameters and data order"""
