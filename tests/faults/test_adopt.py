@@ -24,7 +24,6 @@ def begun(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("place", "change"), [
-    ("environment.json", {"xla_flags": "--xla_other"}), ("environment.json", {"backend": "tpu"}),
     ("environment.json", {"instructions": "avx"}), ("config.json", {"code_id": "0" * 16}),
     ("config.json", {"versions": {"jax": "0.9"}})])
 def test_what_bits_depend_on_is_refused_until_it_is_adopted(begun, tmp_path, place, change):

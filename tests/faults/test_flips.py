@@ -52,9 +52,9 @@ class World:
             "forecast.json": [("check", folder / "forecast.json", folder / "run")]}
         self.ok(trained(self.corpus, folder / "whole"))
         shutil.copytree(folder / "whole/text", folder / "text")
-        for made in (*self.again.values(), ("forecast", folder / "sweep", "--flops", 5e12, "--out",
-                                            folder / "forecast.json")):
-            self.ok(tinylm(*made))
+        self.ok(tinylm(*self.again["run"]))
+        self.ok(tinylm("forecast", folder / "sweep", "--flops", 5e12, "--out",
+                       folder / "forecast.json"))
         self.whole = came_to(folder / "whole")
         with stopping(4):
             assert trained(self.corpus, folder / "begun").returncode == 75
@@ -113,10 +113,13 @@ def world(tmp_path_factory):
     return World(tmp_path_factory.mktemp("world"))
 
 
-@pytest.mark.parametrize("kind", ["text", "run", "sft", "sweep", "forecast.json"])
+@pytest.mark.parametrize("kind", [
+    "text", "run", "sweep", "forecast.json", pytest.param("sft", marks=pytest.mark.slow)])
 def test_harm_to_what_is_finished_is_named_by_the_next_command(world, tally, kind):
     trials = 0
-    for path in tally.chosen(world.kept(kind), 9):
+    if kind == "sft":
+        world.ok(tinylm(*world.again["sft"]))
+    for path in tally.chosen(world.kept(kind), 20):
         for harm in harms(path, tally.many(1, 100)):
             if path.name in CLOCKS and harm in HARMS:  # rows of clocks may be thrown away
                 continue
@@ -124,8 +127,9 @@ def test_harm_to_what_is_finished_is_named_by_the_next_command(world, tally, kin
                 loads = [("verify", path.parent)] if path.name in CLOCKS else world.loads[kind]
                 done = [tinylm(*load) for load in loads]
                 place = str(path.relative_to(world.folder))
-                named = [d for d in done if place in d.stderr.replace("\n", "") + d.stdout and
-                         (d.returncode in (1, 2) or harm == "missing")]
+                named = [d for d in done if (d.returncode in (1, 2) or harm == "missing") and (
+                    place in (said := d.stderr.replace("\n", "") + d.stdout)
+                    or f"{path.parent} is no finished run (no {path.name})" in said)]
                 assert named, f"--draw {tally.seed}: {what}, and in silence: " + " | ".join(
                     d.stderr for d in done)
             trials += 1
@@ -139,7 +143,7 @@ def test_harm_to_a_run_that_goes_on_is_named_or_announced_and_comes_to_the_same_
     begun, out = world.folder / "begun", tmp_path / "begun"
     newest = max(begun.glob("checkpoints/step-*"))
     trials = announced = 0
-    for path in tally.chosen([p for p in world.kept("begun") if p.name not in CLOCKS], 12):
+    for path in tally.chosen([p for p in world.kept("begun") if p.name not in CLOCKS], 30):
         for harm in harms(path, tally.many(1, 15)):
             shutil.copytree(begun, out, symlinks=True)
             with harmed(out / path.relative_to(begun), harm, tally.rng, mend=False) as what:
@@ -154,6 +158,6 @@ def test_harm_to_a_run_that_goes_on_is_named_or_announced_and_comes_to_the_same_
                 assert done.returncode == 2 and path.name in done.stderr, said
             shutil.rmtree(out)
             trials += 1
-    assert announced
+    assert announced or not tally.place  # a sample may hold no newest checkpoint
     tally("begun run: a flipped bit, a cut, an emptied, a missing file", trials,
           f"named, or announced ({announced}) and the same bits")
