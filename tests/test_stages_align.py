@@ -134,7 +134,8 @@ def wanted_of(method, config, prompts, **dials):  # noqa: F811
 
 
 @pytest.mark.parametrize(("method", "dials"), [
-    ("grpo", {"kl": "k2"}), ("ppo", {"epochs": 2, "minibatches": 2})])
+    ("grpo", {"kl": "k2"}),
+    pytest.param("ppo", {"epochs": 2, "minibatches": 2}, marks=pytest.mark.slow)])
 def test_a_policy_learns_what_its_judge_pays_and_resumes_to_the_same_bits(
         tmp_path, method, dials, tuned, data, config, prompts, wants_ko):  # noqa: F811
     wanted, rows = wanted_of(method, config, prompts, **dials), []
