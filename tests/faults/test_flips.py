@@ -138,6 +138,7 @@ def test_harm_to_what_is_finished_is_named_by_the_next_command(world, tally, kin
     tally(f"{kind}: a flipped bit, a cut, an emptied, a missing file", trials, "named each time")
 
 
+@pytest.mark.slow
 def test_harm_to_a_run_that_goes_on_is_named_or_announced_and_comes_to_the_same_bits(
         world, tally, tmp_path):
     begun, out = world.folder / "begun", tmp_path / "begun"

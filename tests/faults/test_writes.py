@@ -56,7 +56,8 @@ def whole(corpus, tmp_path_factory):
     return came_to(out), disk.count
 
 
-@pytest.mark.parametrize("kind", ["crash", "torn", "full", "broken"])
+@pytest.mark.parametrize("kind", ["crash", "full", *(
+    pytest.param(kind, marks=pytest.mark.slow) for kind in ("torn", "broken"))])
 def test_a_fault_at_the_nth_operation_loses_nothing(corpus, whole, tmp_path, kind, tally):
     expected, count = whole
     chosen = tally.chosen(range(1, count + 1), SAMPLE)
