@@ -17,6 +17,7 @@ from typing import IO, Any
 from tinylm.config import BadInput
 
 MANIFEST = "MANIFEST.json"
+SEAL = ',\n "sha256": "'
 
 
 class Damaged(BadInput):
@@ -58,8 +59,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         text = Path(path).read_bytes().decode()
         found = json.loads(text)
-        if isinstance(found, dict) and found.pop("sha256", "") and _sealed_text(found) == text:
-            return found
+        body, _, end = text.rpartition(SEAL)  # as _sealed_text joined them
+        if body and end == sha256_of(f"{body}\n}}".encode()) + '"\n}\n':
+            return {name: value for name, value in found.items() if name != "sha256"}
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise Damaged(f"{path} is missing; run the command that makes it again") from None
     except (UnicodeDecodeError, ValueError, RecursionError) as bad:
@@ -68,8 +70,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _sealed_text(value: dict[str, Any]) -> str:
-    sha = sha256_of(json.dumps(value, indent=1, allow_nan=False).encode())
-    return json.dumps({**value, "sha256": sha}, indent=1) + "\n"
+    text = json.dumps(value or {"": ""}, indent=1, allow_nan=False)
+    return text.removesuffix("\n}") + SEAL + sha256_of(text.encode()) + '"\n}\n'
 
 
 def append_lines(path: Path, lines: list[str]) -> int:

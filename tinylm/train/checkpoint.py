@@ -8,7 +8,6 @@ import logging
 import os
 import re
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,20 +46,15 @@ def save(folder: Path, state: State, **facts: Any) -> Path:
 
 @contextlib.contextmanager
 def _hushed() -> Iterator[None]:
-    """Keep Orbax's threads from printing tracebacks of what the writer raises as well.
-
-    After a failure some threads still answer to a loop that is closed by then: that stays unsaid.
-    """
-    logger, hook = logging.getLogger("absl"), sys.excepthook
-    before = logger.level
-    logger.setLevel(logging.CRITICAL)
-    sys.excepthook = lambda kind, value, trace: (
-        None if str(value) == "Event loop is closed" else hook(kind, value, trace))
+    """Keep Orbax's threads from logging tracebacks of what the writer raises as well."""
+    loggers = {name: logging.getLogger(name).level for name in ("absl", "asyncio")}
+    for name in loggers:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         yield
-        sys.excepthook = hook
     finally:
-        logger.setLevel(before)
+        for name, level in loggers.items():
+            logging.getLogger(name).setLevel(level)
 
 
 def steps(folder: Path) -> list[Path]:
