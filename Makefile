@@ -19,7 +19,7 @@ test: $(VENV)/test.ok
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/python -m pytest
 
-# every fault instead of a sample, half an hour; the table is what README quotes
+# every fault instead of a sample, for an hour or more; a row a test
 faults: $(VENV)/test.ok
 	rm -f experiments/results/faults.jsonl
 	$(VENV)/bin/python -m pytest tests/faults -m "slow or not slow" --dist=load --draw $$(date +%s) --long experiments/results/faults.jsonl

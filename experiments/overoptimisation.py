@@ -5,7 +5,7 @@ question   Gold (text/rubric.py) and proxy against d = sqrt(KL) for best-of-n an
            (Gao et al., 2210.10760), which holds better, and the gold peak of a held-out, larger
            reward model forecast from the smaller ones before it is trained.
 command    python experiments/overoptimisation.py --sft RUN --trunks SMALL.. LARGE --out DIR
-cost       about 40 minutes on two cores for the default study's models
+cost       not measured whole
 expected   proxies of few pairs peak within n = 256, then lose gold; the forecast within .25
 result     not recorded yet
 
@@ -31,9 +31,8 @@ from tinylm.evaluate import pool, suite
 from tinylm.evaluate.rates import best_of_n
 from tinylm.look import progress
 from tinylm.stages import policy as policies
-from tinylm.stages.reward import RewardConfig, judge_of, reward, scored
+from tinylm.stages.reward import RewardConfig, judge_of, reward
 from tinylm.text import rubric, tasks
-from tinylm.text.preferences import Ranked
 from tinylm.train import checkpoint
 from tinylm.train.optim import OptimConfig
 from tinylm.verbs import folders, models
@@ -166,9 +165,8 @@ def selected(args: Args, place: Path, pairs: int, seed: int, rankings: pool.Pool
     folder = args.out / f"{place.name}-{pairs}-{seed}"
     record = reward(folder, config, place, train, held, tokens.tokenizer_id, tokens.folder.parent,
                     plan)
-    flat = Ranked(many.rollout.tokens[:, None], many.rollout.mask[:, None],
-                  np.zeros((many.gold.size, 1, 1), np.float32))
-    told = scored(model, checkpoint.final_scorer(folder, model), flat).reshape(many.gold.shape)
+    judge = judge_of(model, checkpoint.final_scorer(folder, model))
+    told = judge(many.rollout, np.arange(many.gold.size)).reshape(many.gold.shape)
     proxy = jnp.where(many.ended > 0, told, -1e3)  # what does not end is chosen last
     gold = jnp.asarray(many.gold)
     ns = [n for n in NS if n <= args.samples]

@@ -87,6 +87,8 @@ def test_any_changed_bit_of_a_json_file_is_seen(tmp_path):
         path.write_bytes(harmed)
         with pytest.raises(files.Damaged, match=r"law\.json"):
             files.read_json(path)
+    files.write_json(path, {})
+    assert files.read_json(path) == {}
     path.write_text('{"a": 1e-05}\n')
     with pytest.raises(files.Damaged, match="changed"):
         files.read_json(path)

@@ -17,7 +17,7 @@ from typing import IO, Any
 from tinylm.config import BadInput
 
 MANIFEST = "MANIFEST.json"
-SEAL = ',\n "sha256": "'
+SEAL = '\n "sha256": "'
 
 
 class Damaged(BadInput):
@@ -59,8 +59,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         text = Path(path).read_bytes().decode()
         found = json.loads(text)
-        body, _, end = text.rpartition(SEAL)  # as _sealed_text joined them
-        if body and end == sha256_of(f"{body}\n}}".encode()) + '"\n}\n':
+        head, _, end = text.rpartition(SEAL)  # as _sealed_text joined them
+        body = "{}" if head == "{" else head.removesuffix(",") + "\n}"
+        if end == sha256_of(body.encode()) + '"\n}\n':
             return {name: value for name, value in found.items() if name != "sha256"}
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise Damaged(f"{path} is missing; run the command that makes it again") from None
@@ -70,8 +71,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _sealed_text(value: dict[str, Any]) -> str:
-    text = json.dumps(value or {"": ""}, indent=1, allow_nan=False)
-    return text.removesuffix("\n}") + SEAL + sha256_of(text.encode()) + '"\n}\n'
+    body = json.dumps(value, indent=1, allow_nan=False)
+    head = body.removesuffix("\n}") + "," if value else "{"
+    return head + SEAL + sha256_of(body.encode()) + '"\n}\n'
 
 
 def append_lines(path: Path, lines: list[str]) -> int:

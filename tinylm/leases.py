@@ -52,7 +52,10 @@ def hold(folder: Path) -> Iterator[None]:
         foreign = before and not (locked and before.get("machine") == mine["machine"])
         if foreign:
             _outlive(folder, handle, before)
-        _write(handle, mine)
+        try:
+            _write(handle, mine)
+        except OSError as fault:  # which has no name of its own
+            raise OSError(fault.errno, fault.strerror, str(folder / ".lease")) from None
         if foreign:  # who else waited has written by now, and the last one has it
             time.sleep(BEAT / 5)
             if (now := _read(handle)).get("key") != mine["key"]:
