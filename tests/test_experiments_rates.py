@@ -14,7 +14,8 @@ TOYS = {
     "vocab_size": ("--cells", "100", "8", "128", "8", "--flops", "2e8", "--csv"),
     "lr_by_width": ("--widths", "8", "16", "--seeds", "1", "--steps", "20", "--V", "128",
                     "--results"),
-    "optimisers": ("--widths", "8", "--seeds", "1", "--steps", "20", "--V", "128", "--results"),
+    "optimisers": ("--widths", "8", "--seeds", "1", "--steps", "20", "--V", "128",
+                   "--rates", "0.002", "0.004", "0.008", "--results"),
     "trunks": ("--widths", "8", "--flops", "2e8", "3e8", "--V", "128", "--csv"),
     "kaplan_vs_chinchilla": ("--budgets", "5e8", "1e9", "2e9", "--widths", "8", "12", "16", "20",
                              "--per-budget", "4", "--spread", "8", "--V", "128", "--results"),
@@ -22,7 +23,7 @@ TOYS = {
                      "300", "--asked", "2", "--V", "128", "--results"),
     "bf16_loss": ("--shapes", "--widths", "8", "--seeds", "2", "--steps", "20", "--results"),
 }
-ROWS = {"rate_rule": 4, "vocab_size": 2, "lr_by_width": 10, "optimisers": 11, "trunks": 4,
+ROWS = {"rate_rule": 4, "vocab_size": 2, "lr_by_width": 10, "optimisers": 7, "trunks": 4,
         "kaplan_vs_chinchilla": 48, "smeared_keys": 2, "bf16_loss": 4}
 
 

@@ -180,7 +180,8 @@ def staged(folder: Path, **facts: Any) -> Iterator[Path]:
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir()
     try:
-        yield draft
+        with _named(folder):
+            yield draft
         seal(draft, **facts)
         if folder.exists():
             old = folder.with_name(f".{folder.name}.{os.getpid()}.old")

@@ -80,6 +80,13 @@ class Disk:
             raise Crash("open")
         return File(builtins.open(path, mode, *args, **kwargs), self)
 
+    def replace(self, old: Any, new: Any) -> None:
+        """Rename a file or folder; where that fails both are named, as the system does."""
+        try:
+            self.op("replace", lambda: os.replace(old, new), frees=True)
+        except OSError as fault:
+            raise OSError(fault.errno, fault.strerror, str(old), None, str(new)) from None
+
     def rmtree(self, path: Any, ignore_errors: bool = False) -> None:
         """Delete a folder; torn, only its first file is gone."""
         def first() -> None:
@@ -146,7 +153,7 @@ def failing(disk: Disk) -> Iterator[Disk]:
         disk.op("save", lambda: save(self, place, tree), torn)
 
     system = Instead(os, fsync=lambda handle: disk.op("fsync", lambda: os.fsync(handle)),
-                     replace=lambda a, b: disk.op("replace", lambda: os.replace(a, b), frees=True))
+                     replace=disk.replace)
     trees = Instead(shutil, rmtree=disk.rmtree)
     unlink, mkdir = pathlib.Path.unlink, pathlib.Path.mkdir
     with (mock.patch.object(files, "open", disk.open, create=True),

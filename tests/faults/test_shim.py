@@ -54,9 +54,10 @@ def test_a_fault_below_every_library_loses_nothing(shimmed, tally, tmp_path, kin
         what = f"--draw {tally.seed}: {kind} at {at} of {count}: {code} {said}"
         if kind in ("crash", "torn"):
             assert code in (-9, 0), what
-        elif code:  # some of TensorStore's threads print what they met as well
-            last = [line for line in said.splitlines() if line.startswith("failed: ")]
-            assert code == 1 and len(last) == 1 and str(out) in last[0], what
+        elif code:
+            told = said.partition("held out\n")[2]
+            assert code == 1 and told.startswith("failed: ") and told.count("\n") == 1, what
+            assert str(out) in told, what
         code, said, _ = made.run(out)
         assert code == 0, f"{what}; then {said}"
         assert came_to(out) == expected, what

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,15 +47,19 @@ def save(folder: Path, state: State, **facts: Any) -> Path:
 
 @contextlib.contextmanager
 def _hushed() -> Iterator[None]:
-    """Keep Orbax's threads from logging tracebacks of what the writer raises as well."""
+    """Keep the writer's threads from printing tracebacks of what it raises as well.
+
+    After a fault they stay hushed: the writes of other arrays fail later, into a closed loop.
+    """
     loggers = {name: logging.getLogger(name).level for name in ("absl", "asyncio")}
+    loud = sys.unraisablehook
     for name in loggers:
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        for name, level in loggers.items():
-            logging.getLogger(name).setLevel(level)
+    sys.unraisablehook = lambda fault: None if fault.object is None else loud(fault)
+    yield
+    sys.unraisablehook = loud
+    for name, level in loggers.items():
+        logging.getLogger(name).setLevel(level)
 
 
 def steps(folder: Path) -> list[Path]:

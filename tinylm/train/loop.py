@@ -158,13 +158,17 @@ class Clock:
     def __enter__(self) -> "Clock":
         return self
 
-    def __exit__(self, *fault: Any) -> None:
+    def __exit__(self, kind: Any, fault: BaseException | None, trace: Any) -> None:
         wall = time.perf_counter() - self.began
         spent = {"compile": self._compiled(self.began), **self.spent}
         spent |= {"compute": wall - sum(spent.values()), "wall": wall}
         row = {f"{k}_seconds": round(v, 3) for k, v in spent.items()}
-        files.append_row(self.path, {
-            "first_step": self.first_step, "last_step": self.last_step, **row})
+        try:
+            files.append_row(self.path, {
+                "first_step": self.first_step, "last_step": self.last_step, **row})
+        except OSError:
+            if fault is None:  # else what stopped the run is told
+                raise
 
     def _compiled(self, since: float) -> float:
         return sum(end - began for began, end in self.compiling if began >= since)
