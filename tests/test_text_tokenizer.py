@@ -1,3 +1,4 @@
+import itertools
 import json
 import random
 import time
@@ -37,6 +38,18 @@ def test_strange_strings_come_back_and_hold_no_control_id(learnt, text):
     ids = learnt.encode(text)
     assert learnt.decode(ids) == text
     assert ids.dtype == np.int32 and (ids >= HALF).all() and (ids < learnt.V).all()
+
+
+def test_merges_build_the_pieces_from_characters_a_pair_at_a_time(learnt):
+    for text in (*WORDS, "the river went\n\nunder  12", prose(5, 30)):
+        steps = learnt.merges(text)
+        assert steps[0] == list(text)
+        assert steps[-1] == [learnt.piece(i) for i in learnt.encode(text)]
+        for before, after in itertools.pairwise(steps):
+            at = next(n for n, (a, b) in enumerate(zip(before, [*after, ""], strict=True))
+                      if a != b)
+            assert after == [*before[:at], before[at] + before[at + 1], *before[at + 2:]]
+    assert learnt.merges("") == [[]] and learnt.merges("日a") == [["日", "a"]]
 
 
 def test_random_strings_come_back_and_hold_no_control_id(learnt):

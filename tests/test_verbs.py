@@ -64,6 +64,33 @@ def test_a_tuned_run_names_its_parent_and_answers_the_same_again(trained, tuned)
     assert one.returncode == 0 and one.stdout == again.stdout and one.stdout.strip()
 
 
+@pytest.mark.parametrize("view, says", [
+    ("tokens", "bytes a token"), ("next", "bigram, by counts"), ("attention", "q·k ="),
+    ("heads", "induction"), ("layers", "settled"), ("growth", "bits per byte")])
+def test_every_view_of_a_run_is_shown(trained, tmp_path, view, says):
+    folder, _, record = trained
+    picture = () if view in ("tokens", "next") else ("--out", tmp_path / "view.svg")
+    done = tinylm("look", view, folder / "run", "--text", "the boat", *picture)
+    assert done.returncode == 0, done.stderr
+    assert says in done.stdout and (not picture or "<svg" in (tmp_path / "view.svg").read_text())
+    if view == "growth":
+        assert record["id"] in done.stdout
+
+
+@pytest.mark.parametrize("args, words", [
+    (("tokens", "--out", "t.svg"), "tokens cannot be written so"),
+    (("heads", "--out", "t.gif"), "give .svg or .png"),
+    (("attention", "--layer", 9, "--head", 1), "layer=9"),
+    (("attention", "--layer", 1), "give both from 1, or neither"),
+    (("attention", "--pair", 0, 1), "is not two token numbers"),
+    (("layers", "--text", "long " * 99), "give a transformer 1 to 32 tokens"),
+    (("next", "--text", "long " * 99), "give 1 to 32"), (("next", "--k", 0), "k=0")])
+def test_a_view_that_cannot_be_is_refused_in_a_line(trained, args, words):
+    folder, _, _ = trained
+    done = tinylm("look", args[0], folder / "run", *args[1:])
+    assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
+
+
 def test_a_message_that_does_not_fit_is_refused_and_the_talk_goes_on(trained):
     folder, _, _ = trained
     talk = tinylm("chat", folder / "run", said="long " * 99 + "\nhello\n\n")

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from tinylm.config import digest
 from tinylm.model.decoder import ModelConfig, Params, rebuild
@@ -43,6 +44,11 @@ def eval_id(data: Dataset, T: int) -> str:
 
 def heldout(config: ModelConfig, params: Params, data: Dataset) -> Heldout:
     """Score the held-out split with a model."""
+    return summarise(each(config, params, data), data)
+
+
+def each(config: ModelConfig, params: Params, data: Dataset) -> Float[np.ndarray, "N"]:
+    """Give -log p of tokens 1..N of the held-out stream, window by window, nats."""
     T = config.T
     count = scored(data, T) // T
     rows = data.heldout[np.arange(count)[:, None] * T + np.arange(T + 1)].astype(np.int32)
@@ -50,7 +56,7 @@ def heldout(config: ModelConfig, params: Params, data: Dataset) -> Heldout:
     rows = np.concatenate([rows, np.repeat(rows[-1:], short, axis=0)])
     score = _scorer(config)
     parts = [score(params, rows[i : i + BATCH]) for i in range(0, len(rows), BATCH)]
-    return summarise(np.concatenate([np.asarray(p) for p in parts])[:count].ravel(), data)
+    return np.concatenate([np.asarray(p) for p in parts])[:count].ravel()
 
 
 def summarise(nats: np.ndarray, data: Dataset) -> Heldout:

@@ -17,6 +17,8 @@ from tinylm import files
 from tinylm.laws import forecast, isoflop
 from tinylm.laws.fit import Fit
 from tinylm.laws.runs import Runs
+from tinylm.look.depth import Depth
+from tinylm.look.heads import Habits
 from tinylm.look.page import scientific
 from tinylm.look.study import Study
 from tinylm.sweep import law
@@ -216,6 +218,59 @@ def attention(weights: np.ndarray, words: list[str], title: str) -> Figure:
     figure.colorbar(image, label="attention weight", shrink=0.7)
     ax.set_title(title, loc="left", size=11, parse_math=False)
     return figure
+
+
+def habits(found: Habits) -> Figure:
+    """Draw how strong each head's three habits are, a panel a habit, layers by heads."""
+    names = ("token before", "first token", "induction")
+    with matplotlib.rc_context(STYLE):
+        figure = Figure((8, 2.2 + 0.3 * len(found.previous)), layout="constrained")
+        panels = figure.subplots(1, 3, squeeze=False)[0]
+    for ax, name, scores in zip(panels, names, (found.previous, found.first, found.induction),
+                                strict=True):
+        image = ax.imshow(scores, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        for (layer, head), score in np.ndenumerate(scores):
+            ax.text(head, layer, f"{score:.2f}", ha="center", va="center", size=8,
+                    color="white" if score > 0.6 else BLACK)
+        ax.set(xticks=range(scores.shape[1]), xticklabels=range(1, scores.shape[1] + 1),
+               yticks=range(len(scores)), yticklabels=range(1, len(scores) + 1), xlabel="head",
+               ylabel="layer")
+        ax.set_title(name, loc="left", size=10)
+        ax.grid(False)
+    figure.colorbar(image, ax=panels, label="mean attention weight")
+    return figure
+
+
+def depths(found: Depth, words: list[str], names: list[list[str]]) -> Figure:
+    """Draw the likeliest next token after every layer, shaded by its probability."""
+    L1, T = found.rank.shape
+    figure, ax = _axes("token read", "after layer", (1.6 + 0.9 * T, 1.6 + 0.45 * L1), log=False)
+    image = ax.pcolormesh(found.p[:, :, 0], cmap="Blues", vmin=0, vmax=1)
+    for (l, t), p in np.ndenumerate(found.p[:, :, 0]):
+        ax.text(t + 0.5, l + 0.5, names[l][t], ha="center", va="center", size=8, family="monospace",
+                color="white" if p > 0.6 else BLACK, parse_math=False,
+                weight="bold" if found.rank[l, t] == 0 else "normal")
+    ax.set_xticks(np.arange(T) + 0.5, words, rotation=90, parse_math=False, family="monospace",
+                  size=8)
+    ax.set_yticks(np.arange(L1) + 0.5, ["embedding", *range(1, L1)])
+    ax.grid(False)
+    figure.colorbar(image, label="probability")
+    ax.set_title("Likeliest next token by depth (bold: the whole model's)", loc="left")
+    return figure
+
+
+def growth(rows: list[dict[str, Any]]) -> Figure:
+    """Draw the strongest head's habits, and what a repeat gains, over the runs' compute."""
+    figure, ax = _axes("training FLOPs", "mean attention weight of the strongest head")
+    at = [row["FLOPs"] for row in rows]
+    for name, colour, mark in (("previous", BLUE, "o"), ("first", ORANGE, "s"),
+                               ("induction", GREEN, "^")):
+        ax.scatter(at, [row[name] for row in rows], s=20, color=colour, marker=mark, label=name)
+    other = ax.twinx()
+    other.scatter(at, [row["gain"] for row in rows], s=20, color=RED, marker="x")
+    other.set_ylabel("gain on a repeat (nats a token, red crosses)", color=RED)
+    other.grid(False)
+    return _done(ax, f"A repeat is easier by up to {max(r['gain'] for r in rows):.2f} nats a token")
 
 
 def svg(figure: Figure) -> str:

@@ -8,11 +8,11 @@ import numpy as np
 from scipy.special import softmax
 
 from tinylm import config as configs
-from tinylm.look import page, plots
+from tinylm.look import heads, page, plots
 from tinylm.look.page import p, shown, table
 from tinylm.look.study import Study
 from tinylm.model.baselines import NGram
-from tinylm.model.capture import Insides, capture
+from tinylm.model.capture import capture
 from tinylm.model.decoder import ModelConfig, Params
 from tinylm.text import prepare, shards
 from tinylm.text.shards import Dataset
@@ -74,26 +74,22 @@ def query_key(study: Study) -> str:
     """Work one attention weight out by hand, from the model's own query and key."""
     data, tokenizer, config, params = _opened(study)
     ids = np.asarray(data.heldout[: min(SEEN, config.T)])
-    inside = Insides(*(np.asarray(a, np.float64) for a in capture(config, params, ids)))
+    inside = capture(config, params, ids)
     words = [shown(tokenizer.piece(int(i))) for i in ids]
-    back = np.tril(inside.weights, -1)
-    back[..., 0] = 0  # the first token is where a head looks that needs nothing
-    l, h = np.unravel_index(back.max(-1).mean(-1).argmax(), back.shape[:2])
-    t, s = np.unravel_index(back[l, h].argmax(), back.shape[2:])
-    weights, K = inside.weights[l, h], config.head_width
-    q, keys = inside.q[l, t, h], inside.k[l, h * config.groups // config.H, : t + 1]
-    dot, scores = float(keys[s] @ q), keys @ q / math.sqrt(K)
-    total, most, name = np.exp(scores).sum(), min(K, 8), f"layer {l + 1}, head {h + 1}"
+    l, h, t, s = heads.sharpest(inside)
+    one = heads.worked(inside, l, h, t, s)
+    weights, K = np.asarray(inside.weights[l, h]), config.head_width
+    most, name = min(K, 8), f"layer {l + 1}, head {h + 1}"
     title = f"{name}: “{words[t]}” gives “{words[s]}” a weight of {weights[t, s]:.2f}"
     rows = [(label, *(f"{x:+.2f}" for x in v[:most])) for label, v in (
-        (f"q of “{words[t]}”", q), (f"k of “{words[s]}”", keys[s]), ("product", q * keys[s]))]
+        (f"q of “{words[t]}”", one.q), (f"k of “{words[s]}”", one.k), ("product", one.q * one.k))]
     return p(
         f"How much one token wants what another offers. Shown is {name}, the one that looks back "
         f"most sharply in the first {len(ids)} held-out tokens. For the pair with its largest "
-        f"weight the {K} products sum to q·k = {dot:.3f}; divided by √{K} that is "
-        f"{scores[s]:.3f}; its exponential, {math.exp(scores[s]):.5g}, over the sum of all "
-        f"{t + 1} visible ones, {total:.5g}, is the weight {math.exp(scores[s]) / total:.3f} "
-        f"(the model computed {weights[t, s]:.3f}).") + table(
+        f"weight the {K} products sum to q·k = {one.dot:.3f}; divided by √{K} that is "
+        f"{one.score:.3f}; its exponential, {math.exp(one.score):.5g}, over the sum of all "
+        f"{t + 1} visible ones, {one.total:.5g}, is the weight "
+        f"{math.exp(one.score) / one.total:.3f} (the model computed {one.weight:.3f}).") + table(
         ("", *range(1, most + 1)), rows, f"the first {most} of {K} channels") + page.figure(
         plots.svg(plots.attention(weights, words, title)),
         "Each row is a token reading; the darker a cell, the more it takes from there.")

@@ -1,19 +1,17 @@
 """One self-contained HTML file of a study, redrawn from its records."""
 
-import html
 import math
 import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from tinylm import files
 from tinylm.laws import intervals
 from tinylm.look import alignment, page, plots
-from tinylm.look.page import p, scientific, shown, table
+from tinylm.look.page import p, scientific, table
 from tinylm.look.questions import ANSWERS
 from tinylm.look.study import Study
+from tinylm.look.tokens import pieces, spans
 from tinylm.sweep import law
 from tinylm.sweep.times import spent, stages
 from tinylm.text import prepare, shards
@@ -87,10 +85,6 @@ def text(study: Study) -> str:
     data = shards.open_dataset(study.folder / "text/tokens")
     tokenizer, f = prepare.open_tokenizer(study.folder / "text"), data.facts
 
-    def pieces(ids: np.ndarray) -> str:
-        return "".join(f'<span class="c{n % 4}">{html.escape(shown(tokenizer.piece(int(i))))}'
-                       "</span>" for n, i in enumerate(ids))
-
     rows = [(split, part, *(f"{n[k]:,}" for k in ("documents", "tokens", "bytes")),
              f"{n['bytes'] / max(n['tokens'], 1):.3f}")
             for split in ("train", "heldout") for part, n in f["counts"][split].items()]
@@ -101,9 +95,10 @@ def text(study: Study) -> str:
     return p(f"Read {read}. {f['duplicates']:,} duplicates dropped. The vocabulary has V={f['V']} "
              "ids.") + table(
         ("split", "part", "documents", "tokens", "bytes", "bytes per token"), rows) + (
-        f'<p>The held-out text begins:</p><p class="text">{pieces(data.heldout[:PIECES])}</p>'
+        '<p>The held-out text begins:</p><p class="text">'
+        + spans(pieces(tokenizer, data.heldout[:PIECES])) + '</p>'
         '<p>The longest words near its start:</p><p class="text">'
-        + " ".join(pieces(tokenizer.encode(" " + w)) for w in long) + "</p>")
+        + " ".join(spans(pieces(tokenizer, tokenizer.encode(" " + w))) for w in long) + "</p>")
 
 
 def baselines(study: Study) -> str:

@@ -1,4 +1,4 @@
-"""The same forward pass with its insides kept: queries, keys and attention weights by layer.
+"""The same forward pass with its insides kept: attention's vectors and weights, the stream.
 
 Every number comes from the modules' own methods; attention's weights are computed once to be seen
 and once more by the block that uses them.
@@ -23,16 +23,26 @@ class Insides(NamedTuple):
 
     q: Float[Array, "L T H K"]
     k: Float[Array, "L G S K"]
+    v: Float[Array, "L G S K"]
     weights: Float[Array, "L H T S"]
+    stream: Float[Array, "L1 T D"]
+    """the residual stream: the embeddings, then after each block"""
     logits: Float[Array, "T V"]
 
 
 def capture(config: ModelConfig, params: Params, tokens: Integer[np.ndarray, "T"]) -> Insides:
-    """Run a model over one text of at most its context and keep what attention saw."""
+    """Run a model over one text of at most its context and keep what it did."""
     if config.kind != "transformer" or not 1 <= len(tokens) <= config.T:
         raise BadInput(f"{len(tokens)} tokens through a {config.kind} model with context "
                        f"T={config.T}; give a transformer 1 to {config.T} tokens")
     return _capture(config, params, jnp.asarray(tokens, jnp.int32))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def lens(config: ModelConfig, params: Params,
+         stream: Float[Array, "T D"]) -> Float[Array, "T V"]:
+    """Read the stream after any block as the last one is read: the logit lens."""
+    return rebuild(config, params).head(stream[None])[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -41,11 +51,12 @@ def _capture(config, params, tokens):
     visible, follows = (index[:, None] >= index[None, :])[None], index[None] > 0
     turn = rotation(index[None], config.T, config.head_width, config.rope_theta)
     x = model.embed_tokens(tokens[None])
-    kept = []
+    kept, stream = [], [x[0]]
     for block in model.blocks():
-        q, k, _ = block.self_attn.project(block.input_layernorm(x), turn)
+        q, k, v = block.self_attn.project(block.input_layernorm(x), turn)
         k = block.self_attn.smeared(k, follows)
         weights_HTS = weigh(q, k, visible)[0].reshape(config.H, len(tokens), len(tokens))
-        kept.append((q[0], k[0], weights_HTS))
+        kept.append((q[0], k[0], v[0], weights_HTS))
         x, _ = block(x, turn, visible, follows)
-    return Insides(*map(jnp.stack, zip(*kept, strict=True)), model.head(x)[0])
+        stream.append(x[0])
+    return Insides(*map(jnp.stack, zip(*kept, strict=True)), jnp.stack(stream), model.head(x)[0])

@@ -11,6 +11,7 @@ they are 0.2% of the held-out ids.
 
 import io
 import itertools
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -124,12 +125,32 @@ class Tokenizer:
         half = HALF <= id < FIRST
         return f"<half {id - HALF:X}>" if half else self.decode([id], control=True)
 
+    def merges(self, text: str) -> list[list[str]]:
+        """Give the steps that build a text's pieces, its characters first, its pieces last.
+
+        Each step joins the neighbours whose piece was learnt first, the leftmost of equals. What no
+        piece covers stays a character, which `encode` spells in half-bytes.
+        """
+        parts, steps = list(text), [list(text)]
+        while True:
+            ranks = [(self._rank(a + b), n) for n, (a, b) in enumerate(itertools.pairwise(parts))]
+            rank, at = min(ranks, default=(math.inf, 0))
+            if rank == math.inf:
+                return steps
+            parts[at:at + 2] = ["".join(parts[at:at + 2])]
+            steps.append(list(parts))
+
     def save(self, folder: Path) -> None:
         """Write tokenizer.model (sentencepiece's format) and tokenizer.json (its checks)."""
         files.write_bytes(Path(folder) / "tokenizer.model", self._model)
         files.write_json(Path(folder) / "tokenizer.json", {
             "schema": 1, "id": self.id, "V": self.V, "control": list(CONTROL),
             "model_sha256": files.sha256_of(self._model)})
+
+    def _rank(self, piece: str) -> float:
+        """Give how early a piece was learnt; infinity where it is none."""
+        at = self._spm.piece_to_id(piece.replace(" ", "\u2581"))
+        return math.inf if self._to_id[at] < 0 else float(self._to_id[at])
 
     def _encode_safe(self, text: str) -> np.ndarray:
         found = np.asarray(self._spm.encode(text, out_type="numpy"))

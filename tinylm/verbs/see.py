@@ -1,0 +1,168 @@
+"""The verb that looks inside a finished run: its tokens, predictions, heads and layers."""
+
+import re
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from tyro.conf import Positional
+
+from tinylm import files
+from tinylm.config import BadInput, require
+from tinylm.look import depth, growth, heads, next_word, plots, terminal, tokens
+from tinylm.look.page import shown
+from tinylm.model.baselines import NGram
+from tinylm.model.capture import capture
+from tinylm.text import prepare, shards
+from tinylm.text.tokenizer import BOS
+from tinylm.train import checkpoint
+from tinylm.verbs import folders, models
+
+TEXT = "The cat sat on the"
+LONGEST = 2000  # characters of the text whose words are built piece by piece
+FREQUENT = 20  # most frequent ids listed
+
+
+def look(view: Positional[Literal["tokens", "next", "attention", "heads", "layers", "growth"]],
+         target: Positional[Path], text: str = TEXT, beside: tuple[Path, ...] = (),
+         layer: int = 0, head: int = 0, pair: tuple[int, ...] = (), k: int = 8,
+         prepared: Path | None = None, out: Path | None = None) -> None:
+    """Look inside: tokens, next words, attention, heads, layers, and what grows over a sweep.
+
+    Args:
+        view: what to look at
+        target: folder of a run; for growth of a sweep or study
+        text: what is read
+        beside: for next: further runs of the same text, such as a study's position weights
+        layer: for attention, from 1; 0 with head 0: the head that looks back most sharply
+        head: for attention, from 1
+        pair: for attention: two token numbers from 0, the one reading and the one read
+        k: for next and layers: likeliest tokens shown
+        prepared: the prepared folder of the run, where it has moved
+        out: write a picture too: .svg or .png
+    """
+    require("k", k, 1, 1000)
+    draw = {"tokens": _tokens, "next": _next, "attention": _attention, "heads": _heads,
+            "layers": _layers, "growth": _growth}[view]
+    if out and (out.suffix not in (".svg", ".png") or view in ("tokens", "next")):
+        raise BadInput(f"--out {out}: {view} cannot be written so; give .svg or .png to attention, "
+                       "heads, layers or growth")
+    figure = draw(target, text, beside=beside, layer=layer, head=head, pair=pair, k=k,
+                  prepared=prepared)
+    if out:
+        _write(figure, out)
+
+
+def _tokens(target, text, prepared, **_):
+    learnt, data = _prepared(target, prepared)
+    ids = learnt.encode(text)
+    cut = tokens.pieces(learnt, ids)
+    size = len(text.encode("utf-8", "surrogatepass"))
+    terminal.show(tokens.coloured(cut, ids=True),
+                  f"{len(text)} characters, {size} bytes, {len(ids)} tokens of a vocabulary of "
+                  f"{learnt.V}" + (f": {size / len(ids):.2f} bytes a token" if len(ids) else ""))
+    for word in dict.fromkeys(re.findall(r" ?\S+", text[:LONGEST])):
+        steps = learnt.merges(word)
+        if len(steps) > 1:
+            terminal.show(" → ".join("|".join(map(shown, step)) for step in steps))
+    found = tokens.frequencies(data)
+    terminal.show("most frequent in training: " + ", ".join(
+        f"“{terminal.name_of(learnt, i)}” {n:,}" for i, n in zip(
+            found.ids[:FREQUENT], found.counts[:FREQUENT], strict=True))
+        + f"; {tokens.unused(found)} ids never occur")
+    terminal.show(*(f"{split}: " + ", ".join(f"{part} {b:.3f}" for part, b in parts.items())
+                    + " bytes a token" for split, parts in tokens.bytes_per_token(data).items()))
+
+
+def _next(target, text, beside, k, prepared, **_):
+    config, data, learnt = models.opened(target, prepared)
+    ids = np.concatenate([[BOS], learnt.encode(text)])
+    found = {"bigram, by counts": next_word.counted(NGram.fit(data.train, 2, data.V), ids, k)}
+    for folder in (*beside, target):
+        config, other, _ = models.opened(folder, prepared)
+        if other.tokenizer_id != data.tokenizer_id:
+            raise BadInput(f"{folder} was trained with tokenizer {other.tokenizer_id} and {target} "
+                           f"with {data.tokenizer_id}; name runs of one prepared text")
+        name = config.kind if config.kind != "transformer" else f"transformer, D={config.D}"
+        found[f"{name} ({folder})"] = next_word.predicted(
+            config, checkpoint.final_params(folder, config), ids, k)
+    terminal.show(f"after “{shown(text)}”:", terminal.next_words(found, learnt))
+
+
+def _attention(target, text, layer, head, pair, prepared, **_):
+    config, inside, words, _ = _captured(target, text, prepared)
+    require("layer", layer, 0, config.L)
+    require("head", head, 0, config.H)
+    if (layer == 0) != (head == 0):
+        raise BadInput(f"--layer {layer} with --head {head}: give both from 1, or neither")
+    if layer:
+        l, h = layer - 1, head - 1
+        t, s = len(words) - 1, int(np.asarray(inside.weights[l, h, -1]).argmax())
+    else:
+        l, h, t, s = heads.sharpest(inside)
+    if pair:
+        if len(pair) != 2 or not 0 <= pair[1] <= pair[0] < len(words):
+            raise BadInput(f"--pair {' '.join(map(str, pair))} is not two token numbers, the one "
+                           f"read at or before the one reading, both in 0..{len(words) - 1}")
+        t, s = pair
+    weights = np.asarray(inside.weights[l, h])
+    terminal.show(f"layer {l + 1} of {config.L}, head {h + 1} of {config.H}",
+                  terminal.heatmap(weights, words),
+                  terminal.worked(heads.worked(inside, l, h, t, s), (words[t], words[s]), t + 1))
+    return plots.attention(weights, words, f"layer {l + 1}, head {h + 1}")
+
+
+def _heads(target, text, prepared, **_):
+    config, _, _ = models.opened(target, prepared)
+    found = heads.habits(config, checkpoint.final_params(target, config))
+    terminal.show(terminal.habits(found))
+    return plots.habits(found)
+
+
+def _layers(target, text, k, prepared, **_):
+    config, inside, words, learnt = _captured(target, text, prepared)
+    params = checkpoint.final_params(target, config)
+    found = depth.depth(config, params, inside, k)
+    terminal.show(terminal.depths(found, words, learnt))
+    for n, (ids, p) in enumerate(zip(found.ids[:, -1], found.p[:, -1], strict=True)):
+        terminal.show(f"at the last token, after {n or 'the embedding'}: " + ", ".join(
+            f"“{terminal.name_of(learnt, i)}” {q:.1%}" for i, q in zip(ids, p, strict=True)))
+    return plots.depths(found, words, [[terminal.name_of(learnt, i) for i in row]
+                                       for row in found.ids[:, :, 0]])
+
+
+def _growth(target, text, **_):
+    inside = target / "sweep" if (target / "sweep").is_dir() else target
+    places = {files.read_json(p)["id"]: p.parent for p in inside.rglob("record.json")}
+    rows = growth.ladder({places[r["id"]]: r for r in folders.records(target)})
+    if not rows:
+        raise BadInput(f"{target} holds no run that came to a loss; give the folder of a sweep")
+    terminal.show(terminal.growth(rows))
+    if (target / "baselines.json").exists():
+        for name, flops in growth.passed(rows, files.read_json(target / "baselines.json")[
+                "tables"]).items():
+            terminal.show(f"the {name} table is beaten " + (
+                "by no run" if flops is None else f"from {flops:.3g} FLOPs on"))
+    return plots.growth(rows)
+
+
+def _captured(target, text, prepared):
+    config, _, learnt = models.opened(target, prepared)
+    ids = np.concatenate([[BOS], learnt.encode(text)])
+    inside = capture(config, checkpoint.final_params(target, config), ids)
+    return config, inside, [terminal.name_of(learnt, i) for i in ids], learnt
+
+
+def _prepared(target, prepared):
+    """Open the tokenizer and token files of a run or of a prepared folder itself."""
+    if (target / "tokenizer").exists():
+        return prepare.open_tokenizer(target), shards.open_dataset(target / "tokens")
+    _, data, learnt = models.opened(target, prepared)
+    return learnt, data
+
+
+def _write(figure, out: Path) -> None:
+    if out.suffix == ".png":
+        files.write_bytes(out, plots.png(figure))
+    else:
+        files.write_text(out, plots.standalone(figure))
