@@ -1,5 +1,7 @@
 """Attention against its definition: values and gradients, whatever is masked and however cut."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,6 +36,38 @@ def test_values_and_gradients_are_those_of_the_definition(T, H, G, packed):
         lambda q, k, v, f=f: jnp.sum(slope * f(q, k, v, visible)), argnums=(0, 1, 2)))(*qkv)
         for f in (attention.attend, defined))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), ours, exact)
+
+
+@pytest.mark.parametrize(("T", "H", "G"), [(16, 2, 2), (130, 4, 2), (300, 2, 1)])
+@pytest.mark.parametrize("rows", [1, 2, 9])
+def test_bfloat16_operands_round_values_and_gradients_and_no_more(T, H, G, rows):
+    *qkv, slope = (jnp.tile(a[:1], (rows, *[1] * (a.ndim - 1))) for a in drawn(T, H, G))
+    visible, half = np.tril(np.ones((1, T, T), bool)), jnp.dtype("bfloat16")
+    rounded = [a.astype(half).astype(jnp.float32) for a in qkv]  # so that only the rest differs
+
+    def both(q, k, v, dtype):
+        return jax.jit(jax.value_and_grad(
+            lambda *a: jnp.sum(slope * attention.attend(*a, visible, dtype)),
+            argnums=(0, 1, 2)))(q, k, v)[1]
+
+    for ours, exact in zip(both(*rounded, half), both(*rounded, attention.FULL), strict=True):
+        assert 1e-5 < float(jnp.abs(ours - exact).max() / jnp.abs(exact).max()) < 0.02
+        np.testing.assert_allclose(ours, jnp.broadcast_to(ours[:1], ours.shape), atol=1e-6)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu" or jax.__version_info__ < (0, 11),
+                    reason="the form is a CPU's; jax 0.10 multiplies some of them in float32")
+def test_no_bfloat16_product_of_a_block_falls_back_to_float32():
+    *qkv, _ = (a[:1] for a in drawn(256, 4, 4))
+    visible = np.tril(np.ones((1, 256, 256), bool))
+    text = jax.jit(jax.grad(lambda *a: attention.attend(
+        *a, visible, jnp.dtype("bfloat16")).sum(), argnums=(0, 1, 2))).lower(*qkv).compile(
+        ).as_text()
+    kinds = []
+    for one in text.split("\n}\n"):  # a name is of its computation
+        for pair in re.findall(r" dot\(%?(\S+), %?(\S+)\)", one):
+            kinds.append([re.search(rf"{re.escape(name)} = (\w+)\[", one)[1] for name in pair])
+    assert len(kinds) == 24 and all(pair == ["bf16"] * 2 for pair in kinds)
 
 
 def test_large_scores_neither_overflow_nor_vanish():

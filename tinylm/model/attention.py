@@ -5,6 +5,7 @@ are smeared (2209.11895): to each a learnt share of the key before it is added, 
 one layer can look for what followed a token's last occurrence, and a small model learns to copy.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -18,6 +19,9 @@ from tinylm.model.product import product
 
 BLOCK, BLOCKS = 64, 4
 """queries are cut into blocks of BLOCK or more, BLOCKS at most"""
+ROWS = 8
+"""the most sequences whose attention is written out one by one, for bfloat16's fast products"""
+FULL = jnp.dtype("float32")
 
 
 class KeyValue(NamedTuple):
@@ -69,8 +73,7 @@ class Attention(nnx.Module):
         if cache is not None:
             k = jax.lax.dynamic_update_slice_in_dim(cache.k, k, start, 2)
             v = jax.lax.dynamic_update_slice_in_dim(cache.v, v, start, 2)
-        mixed = (by_library(q, k, v, visible, self.dtype) if fused else
-                 attend(q, k, v, visible))
+        mixed = (by_library if fused else attend)(q, k, v, visible, self.dtype)
         out = product("bthk,hkd->btd", mixed, self.o_proj[...], self.dtype)
         return out, KeyValue(k, v, last)
 
@@ -101,21 +104,30 @@ def attend(
     k: Float[Array, "B G S K"],
     v: Float[Array, "B G S K"],
     visible: Bool[ArrayLike, "#B T S"],
+    dtype: jnp.dtype = FULL,
 ) -> Float[Array, "B T H K"]:
     """Mix values by softmax_s(q k / sqrt(K)); query head h reads key head h // (H / G).
 
     Where it is known beforehand what is visible, many queries are taken in blocks, each with the
-    keys that any of its queries may see: what is masked for all is not computed.
+    keys that any of its queries may see: what is masked for all is not computed. A bfloat16
+    `dtype` rounds the operands of all products and adds up in float32.
     """
-    T = q.shape[1]
+    B, T = q.shape[:2]
     blocks = min(BLOCKS, max(1, T // BLOCK)) if isinstance(visible, np.ndarray) else 1
+    half = dtype != FULL and blocks > 1 and B <= ROWS
+    if half and B > 1:  # XLA's CPU multiplies bfloat16 fast with one batch axis only
+        rows = ((a[n:n + 1] for a in (q, k, v)) for n in range(B))
+        each = [visible[n:n + 1] if len(visible) > 1 else visible for n in range(B)]
+        return jnp.concatenate([attend(*row, seen, dtype)
+                                for row, seen in zip(rows, each, strict=True)])
+    operands = "float32" if dtype == FULL else "bfloat16" if half else "rounded"
     q_BGJTK, parts = _grouped(q, k), []
     for rows in np.array_split(np.arange(T), blocks):
         here, seen = visible[:, rows[0]:rows[-1] + 1], k.shape[2]
         if blocks > 1:
             seen = int(np.flatnonzero(here.any(axis=(0, 1))).max()) + 1
-        parts.append(_mix(q_BGJTK[..., rows[0]:rows[-1] + 1, :], k[:, :, :seen], v[:, :, :seen],
-                          here[..., :seen]))
+        parts.append(_mix(operands, q_BGJTK[..., rows[0]:rows[-1] + 1, :], k[:, :, :seen],
+                          v[:, :, :seen], here[..., :seen]))
     mixed_BGJTK = parts[0] if blocks == 1 else jnp.concatenate(parts, axis=3)
     return mixed_BGJTK.transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
@@ -167,36 +179,50 @@ def _grouped(q: Float[Array, "B T H K"], k: Float[Array, "B G S K"]) -> Float[Ar
 
 
 def _scores(q_BGJTK, k, visible):
-    scores = jnp.einsum("bgjtk,bgsk->bgjts", q_BGJTK, k)
-    return jnp.where(visible[:, None, None], scores, -1e30)
+    return jnp.where(visible[:, None, None], _sum("bgjtk,bgsk->bgjts", q_BGJTK, k), -1e30)
 
 
-@jax.custom_vjp
-def _mix(q_BGJTK, k, v, visible):
-    return _mix_forward(q_BGJTK, k, v, visible)[0]
+def _sum(spec: str, a: Array, b: Array) -> Array:
+    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
 
 
-def _mix_forward(q, k, v, visible):
+def _low(a: Array, operands: str) -> Array:
+    """Round to bfloat16 what that asks for; "rounded" stays float32, of the same values."""
+    match operands:
+        case "bfloat16":
+            return a.astype(jnp.bfloat16)
+        case "rounded":
+            return jax.lax.reduce_precision(a, 8, 7)
+    return a
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _mix(operands, q_BGJTK, k, v, visible):
+    return _mix_forward(operands, q_BGJTK, k, v, visible)[0]
+
+
+def _mix_forward(operands, q, k, v, visible):
     """Divide by the sum of the weights after the product with v, where it is K wide and not S."""
+    q, k, v = (_low(a, operands) for a in (q, k, v))
     scores = _scores(q, k, visible)
     weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
-    total = weights.sum(axis=-1, keepdims=True)
-    mixed = jnp.einsum("bgjts,bgsk->bgjtk", weights, v) / total
+    total, weights = weights.sum(axis=-1, keepdims=True), _low(weights, operands)
+    mixed = _sum("bgjts,bgsk->bgjtk", weights, v) / total
     return mixed, (q, k, v, weights, total, mixed)
 
 
-def _mix_backward(kept, dy):
+def _mix_backward(operands, kept, dy):
     """Read the weights in one pass and turn no array of T x S, as the derived gradient does.
 
     d scores = weights (dy v - sum_k(dy mixed)) with dy divided by the total; masked weights are 0.
     """
     q, k, v, weights, total, mixed = kept
     dy = dy / total
-    shift = (dy * mixed).sum(axis=-1, keepdims=True)
-    dscores = weights * (jnp.einsum("bgjtk,bgsk->bgjts", dy, v) - shift)
-    dq = jnp.einsum("bgjts,bgsk->bgjtk", dscores, k)
-    dk_BGKS = jnp.einsum("bgjtk,bgjts->bgks", q, dscores)
-    dv_BGKS = jnp.einsum("bgjtk,bgjts->bgks", dy, weights)
+    shift, dy = (dy * mixed).sum(axis=-1, keepdims=True), _low(dy, operands)
+    dscores = _low(weights * (_sum("bgjtk,bgsk->bgjts", dy, v) - shift), operands)
+    dq = _sum("bgjts,bgsk->bgjtk", dscores, k)
+    dk_BGKS = _sum("bgjkt,bgjts->bgks", q.swapaxes(3, 4), dscores)
+    dv_BGKS = _sum("bgjkt,bgjts->bgks", dy.swapaxes(3, 4), weights)
     return dq, dk_BGKS.swapaxes(2, 3), dv_BGKS.swapaxes(2, 3), None
 
 
