@@ -28,7 +28,7 @@ faults: $(VENV)/test.ok
 notebooks: $(VENV)/test.ok
 	$(VENV)/bin/python -c "from pathlib import Path; from tinylm.look.notebook import execute; \
 	place = Path('experiments/results/laptop'); \
-	[execute(Path(f'notebooks/{name}.py'), place, Path(f'notebooks/{name}.ipynb')) for name in ('study', 'alignment')]"
+	[execute(source, place, source.with_suffix('.ipynb')) for source in sorted(Path('notebooks').glob('*.py')) if source.stem != 'published_laws']"
 	$(VENV)/bin/python -c "from pathlib import Path; from tinylm import files; from tinylm.look import plots; \
 	from tinylm.look.study import Study; place = Path('experiments/results/laptop'); \
 	files.write_text(place / 'loss_axis.svg', plots.standalone(plots.loss_axis(Study(place))))"

@@ -64,6 +64,26 @@ def test_a_tuned_run_names_its_parent_and_answers_the_same_again(trained, tuned)
     assert one.returncode == 0 and one.stdout == again.stdout and one.stdout.strip()
 
 
+def test_a_slim_copy_speaks_is_verified_and_tuned_from_as_the_run_is(trained):
+    folder, _, record = trained
+    assert tinylm("slim", folder / "run", "--out", folder / "copies/slim").returncode == 0
+    copy = folder / "copies/slim"
+    size = {place: sum(p.stat().st_size for p in place.rglob("*") if p.is_file()
+                       and "checkpoints" in p.parts) for place in (folder / "run", copy)}
+    assert size[copy] < 0.6 * size[folder / "run"]
+    said = [tinylm("sample", place, "--prompt", "the") for place in (folder / "run", copy)]
+    assert said[0].stdout == said[1].stdout and said[1].returncode == 0
+    found = [last(tinylm("verify", place, "--json"))["runs"][str(place)]
+             for place in (folder / "run", copy)]
+    assert found[0] == found[1]
+    again = tinylm("slim", folder / "run", "--out", copy)
+    assert again.returncode == 2 and "holds a run already" in again.stderr
+    assert tinylm("slim", folder / "copies", "--out", folder / "no").returncode == 2
+    harmed = next((copy / "checkpoints").rglob("d/*"))
+    harmed.write_bytes(harmed.read_bytes()[:-1])
+    assert tinylm("sample", copy).returncode == 2
+
+
 @pytest.mark.parametrize("view, says", [
     ("tokens", "bytes a token"), ("next", "bigram, by counts"), ("attention", "q·k ="),
     ("heads", "induction"), ("layers", "settled"), ("growth", "bits per byte")])

@@ -62,10 +62,7 @@ def pin(devices: int = 1, cores: tuple[int, ...] = ()) -> None:
     """
     if "jax" in sys.modules:
         raise RuntimeError("machine.pin must run before jax is imported")
-    cache = os.environ.get("TINYLM_CACHE") or os.path.expanduser("~/.cache/tinylm")
-    if cache.startswith("~"):
-        raise BadInput("this user has no home folder to keep compiled programs in; set "
-                       "TINYLM_CACHE to a folder")
+    kept = cache()
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_cpu_multi_thread_eigen" not in flags:
         flags = f"{flags} --xla_cpu_multi_thread_eigen=false".strip()
@@ -76,11 +73,20 @@ def pin(devices: int = 1, cores: tuple[int, ...] = ()) -> None:
     os.environ["JAX_NUM_CPU_DEVICES"] = str(devices)
     os.environ.setdefault("JAX_THREEFRY_PARTITIONABLE", "1")
     os.environ.setdefault("JAX_DEFAULT_PRNG_IMPL", "threefry2x32")
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(cache, "xla"))
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(kept / "xla"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     if cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cores)
+
+
+def cache() -> Path:
+    """Give the folder of what can be made again: compiled programs, prepared default text."""
+    found = os.environ.get("TINYLM_CACHE") or os.path.expanduser("~/.cache/tinylm")
+    if found.startswith("~"):
+        raise BadInput("this user has no home folder to keep compiled programs in; set "
+                       "TINYLM_CACHE to a folder")
+    return Path(found)
 
 
 def command() -> None:

@@ -7,7 +7,6 @@ import numpy as np
 from jaxtyping import Float
 
 from tinylm.config import from_json
-from tinylm.evaluate import heldout
 from tinylm.look.heads import habits
 from tinylm.model.decoder import ModelConfig
 from tinylm.text.shards import Dataset
@@ -61,8 +60,3 @@ def by_frequency(nats: Float[np.ndarray, "N"], data: Dataset, groups: int = 8) -
              "nats": float(nats[place == n].mean())}
             for n, edge in enumerate(edges) if (place == n).any()]
 
-
-def positions(folder: Path, record: Row, data: Dataset) -> Float[np.ndarray, "N"]:
-    """Score the held-out split with a finished run, token by token."""
-    config = from_json(ModelConfig, record["config"]["model"], "model")
-    return heldout.each(config, checkpoint.final_params(folder, config), data)

@@ -9,14 +9,21 @@ import signal
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from matplotlib.figure import Figure
 
-from tinylm import files
-from tinylm.config import BadInput
+from tinylm import files, machine
+from tinylm.config import BadInput, from_json
+from tinylm.evaluate import heldout
 from tinylm.look import plots, progress
 from tinylm.look.study import Study
+from tinylm.model.decoder import ModelConfig, Params
+from tinylm.text import corpora, prepare, shards
+from tinylm.text.shards import Dataset
+from tinylm.text.tokenizer import Tokenizer
+from tinylm.train import checkpoint
 
 SECONDS = 120  # the longest a cell may take
 
@@ -65,12 +72,52 @@ def execute(source: Path, folder: Path, place: Path | None = None) -> Path | Non
     return place
 
 
-def show(study: Study, make: Callable[[Study], Figure]) -> None:
-    """Display a figure of the study in a notebook, or say what the study lacks for it."""
+class Opened(NamedTuple):
+    """A finished run of a study, ready to be looked into."""
+
+    config: ModelConfig
+    params: Params
+    data: Dataset
+    tokenizer: Tokenizer
+
+
+def opened(study: Study, name: str) -> Opened:
+    """Open a run of a study by its folder's name, with the study's text.
+
+    Records that are kept without their token files have the default corpus's, prepared again.
+    """
+    record = study.record(name)
+    place = study.folder / "text"
+    if not (place / "tokens").exists():
+        V = files.verified(place / "tokenizer")["asked"]
+        place = machine.cache() / f"text-{record['tokenizer_id']}"
+        prepare.prepare(place, corpora.load(), V)
+    learnt = prepare.open_tokenizer(place)
+    if learnt.id != record["tokenizer_id"]:
+        raise BadInput(f"{place} has tokenizer {learnt.id} and {study.folder / name} has "
+                       f"{record['tokenizer_id']}; prepare the text that it was trained on")
+    config = from_json(ModelConfig, record["config"]["model"], "model")
+    return Opened(config, checkpoint.final_params(study.folder / name, config),
+                  shards.open_dataset(place / "tokens"), learnt)
+
+
+def scored(study: Study, name: str) -> np.ndarray:
+    """Score the study's held-out text with one of its runs, token by token, nats."""
+    found = opened(study, name)
+    return heldout.each(found.config, found.params, found.data)
+
+
+def draw(figure: Figure) -> None:
+    """Display a figure in a notebook."""
     from IPython.display import Image, display
 
+    display(Image(plots.png(figure)))
+
+
+def show(study: Study, make: Callable[[Study], Figure]) -> None:
+    """Display a figure of the study in a notebook, or say what the study lacks for it."""
     try:
-        display(Image(plots.png(make(study))))
+        draw(make(study))
     except BadInput as why:
         print("not drawn:", str(why).replace(f"{study.folder}/", ""))
 

@@ -21,6 +21,7 @@ from tinylm.look.depth import Depth
 from tinylm.look.heads import Habits
 from tinylm.look.page import scientific
 from tinylm.look.study import Study
+from tinylm.look.tokens import Frequencies
 from tinylm.sweep import law
 
 BLACK, ORANGE, SKY, GREEN, BLUE, RED, PURPLE = (  # Okabe and Ito, told apart by all
@@ -218,6 +219,16 @@ def attention(weights: np.ndarray, words: list[str], title: str) -> Figure:
     figure.colorbar(image, label="attention weight", shrink=0.7)
     ax.set_title(title, loc="left", size=11, parse_math=False)
     return figure
+
+
+def frequencies(found: Frequencies) -> Figure:
+    """Draw how often each id occurs in the training tokens over its rank."""
+    kept = found.counts[found.counts > 0]
+    figure, ax = _axes("rank", "occurrences")
+    ax.plot(np.arange(1, len(kept) + 1), kept, color=BLUE, label=f"{len(kept)} ids")
+    ax.set_yscale("log")
+    half = int((kept.cumsum() < kept.sum() / 2).sum()) + 1
+    return _done(ax, f"Half of the tokens are the {half} most frequent ids")
 
 
 def habits(found: Habits) -> Figure:

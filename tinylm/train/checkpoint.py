@@ -93,6 +93,29 @@ def restore_params(place: Path, like: Params) -> Params:
     return _read(place / "params", like)
 
 
+def slim(folder: Path, out: Path) -> None:
+    """Copy a finished run without what only training goes on from: a third of its size.
+
+    The copy's parameters, records and log are the run's, so it can be used and verified as that.
+    """
+    folder, out = Path(folder), Path(out)
+    if run.record(folder) is None:
+        raise BadInput(f"{folder} is no finished run; train it first")
+    if not (places := steps(folder / "checkpoints")):
+        raise files.Damaged(f"{folder} {run.LOST}")
+    if run.record(out) is not None:
+        raise BadInput(f"{out} holds a run already; choose a new folder")
+    facts = {k: v for k, v in files.verified(places[-1]).items() if k not in ("schema", "files")}
+    with files.staged(out / "checkpoints" / places[-1].name, **facts) as draft:
+        shutil.copytree(places[-1] / "params", draft / "params")
+    here = files.read_json(folder / "environment.json")
+    text = os.path.normpath(folder.absolute() / here["text"])
+    files.write_json(out / "environment.json", {**here, "text": os.path.relpath(text, out)})
+    for name in ("config.json", "plan.json", "metrics.jsonl", "timing.jsonl", "record.json"):
+        if (folder / name).exists():  # the record last: then the copy is whole
+            files.write_bytes(out / name, (folder / name).read_bytes())
+
+
 def params_sha256(folder: Path) -> str:
     """Hash the newest checkpoint's parameters by name, type, shape and bytes (64 hex digits)."""
     place = steps(folder)[-1].absolute()

@@ -12,7 +12,7 @@ VERBS = {
     "best-of-n": "align.best_of_n",
     "eval": "runs.evaluate", "sample": "talk.sample", "chat": "talk.chat", "bench": "care.bench",
     "look": "see.look", "report": "care.report", "verify": "care.verify", "replay": "again.replay",
-    "adopt": "care.adopt",
+    "adopt": "care.adopt", "slim": "care.slim",
 }
 
 

@@ -1,4 +1,4 @@
-"""Verbs that look after what is there: bench, report, verify, adopt."""
+"""Verbs that look after what is there: bench, report, verify, adopt, slim."""
 
 from pathlib import Path
 from typing import Literal
@@ -124,6 +124,19 @@ def adopt(path: Positional[Path], json: bool = False) -> None:
                 taken.append(str(folder))
     progress.answer({"adopted": taken}, json, "\n".join(f"{name} goes on here" for name in taken)
                     or "nothing differs from what these runs were begun with")
+
+
+def slim(target: Positional[Path], out: Path) -> None:
+    """Copy a finished run without what only training goes on from: a third of its size.
+
+    Args:
+        target: folder of the run
+        out: folder of the copy
+    """
+    from tinylm.train import checkpoint  # JAX takes seconds to import
+
+    checkpoint.slim(target, out)
+    print(f"{out} speaks, is measured, tuned from and verified as {target} is")
 
 
 def _hashes(folder: Path) -> dict[str, str]:

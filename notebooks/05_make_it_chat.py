@@ -1,0 +1,92 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Make it chat
+#
+# A base model continues text. Tuned on conversations, the same network answers, and stops. Nothing
+# was added to it but six ids that say who speaks. `TINYLM_STUDY` names a study's folder; without it
+# the one in `experiments/results` is read.
+
+# %%
+import os
+from pathlib import Path
+
+import numpy as np
+
+import tinylm
+from tinylm.look import alignment, notebook, terminal
+from tinylm.look.study import Study
+from tinylm.model import generate
+from tinylm.text.chat import read, render
+from tinylm.text.tokenizer import BOS, END
+
+home = Path(tinylm.__file__).parent.parent / "experiments/results/laptop"
+study = Study(Path(os.environ.get("TINYLM_STUDY", home)))
+config, base, data, tokenizer = notebook.opened(study, "target")
+_, chat, _, _ = notebook.opened(study, "chat")
+
+# %% [markdown]
+# ## What a conversation is, to the model
+#
+# The marks of the roles are ids of their own, which no text can produce. Only what the assistant
+# says, and the end of its turn, is learnt from.
+
+# %%
+talk = [("system", "Answer in upper case."), ("user", "Hello! How are you?"),
+        ("assistant", "I AM FINE.")]
+ids, learnt_from = render(talk, tokenizer)
+for n in range(0, len(ids), 12):
+    print(" ".join(terminal.name_of(tokenizer, i) for i in ids[n : n + 12]))
+print(f"{int(np.sum(learnt_from))} of {len(ids)} ids are learnt from")
+
+# %% [markdown]
+# ## The same words to both
+#
+# The likeliest token each time, so the answers are the models' own and no luck of a draw. *(ends)*
+# says that the model ended its turn by itself.
+
+
+# %%
+def answer(params, prompt, system=""):
+    asked = [*([("system", system)] if system else []), ("user", prompt)]
+    ids = render(asked, tokenizer, prompt=True)[0]
+    made = generate.sample(config, params, [ids], 24, 0, 0.0)[0]
+    return read(made, tokenizer) + ("  (ends)" if END in made else "  ...")
+
+
+for prompt in ("Hello! How are you?", "Say: river", "What is Python?"):
+    plain = np.concatenate([[BOS], tokenizer.encode(prompt + "\n")])
+    told = tokenizer.decode(generate.sample(config, base, [plain], 24, 0, 0.0)[0])
+    print(f"{prompt}\n  base: {told!r}\n  chat: {answer(chat, prompt)!r}")
+
+# %% [markdown]
+# ## With a system prompt, and without
+#
+# Rules like these were in training, about other words. How often they are obeyed is in the table
+# below; single answers show it and also miss it.
+
+# %%
+for system in ("", "Answer in upper case.", "You are Tom. Begin with your name.",
+               "End every answer with the word done."):
+    print(f"{system or '(none)'}\n  {answer(chat, 'Say: river', system)!r}")
+
+# %% [markdown]
+# ## The whole table
+#
+# All models answer the same tasks about words that no training task holds. What is right is decided
+# by a program. Rates have 95% intervals; what tuning forgets is in *bits a byte*.
+
+# %%
+found = study.optional("alignment.json", {"runs": {}})["runs"]
+print(alignment.table({Path(name).name: row for name, row in found.items()}) if found
+      else "this study asked its models no tasks")
