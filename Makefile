@@ -40,11 +40,11 @@ $(VENV)/study.ok: setup.cfg constraints.txt
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or sys.exit(f"error: Python {v[0]}.{v[1]} is not 3.11 to 3.13; run make PYTHON=python3.12")'
 	@echo "setting up $(VENV): a minute or two"
 	$(PYTHON) -m venv $(VENV)
-	$(INSTALL) -e '.[corpus,parquet,notebooks]'
+	$(INSTALL) -e '.[corpus,parquet,notebooks,serve]'
 	touch $@
 
 $(VENV)/test.ok: $(VENV)/study.ok
-	$(INSTALL) -e '.[corpus,parquet,notebooks,dev]'
+	$(INSTALL) -e '.[corpus,parquet,notebooks,serve,dev]'
 	touch $@
 
 clean:

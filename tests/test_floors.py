@@ -5,8 +5,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent / "tinylm"
 FLOOR = {"config": 0, "files": 0, "leases": 0, "machine": 0, "laws": 1, "text": 1, "model": 2,
-         "train": 3, "evaluate": 4, "stages": 5, "sweep": 6, "look": 7, "bench": 7, "verbs": 8,
-         "__main__": 9, "__init__": 10}
+         "train": 3, "evaluate": 4, "stages": 5, "sweep": 6, "look": 7, "bench": 7, "serve": 8,
+         "verbs": 9, "__main__": 10, "__init__": 11}
 
 
 def imports() -> list[tuple[Path, str, str]]:

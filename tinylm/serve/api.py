@@ -1,0 +1,236 @@
+"""The endpoint: /v1/models, /v1/completions and /v1/chat/completions as OpenAI's clients ask."""
+
+import asyncio
+import functools
+import json
+import random
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import numpy as np
+from starlette.requests import Request as Http
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from tinylm.config import BadInput
+from tinylm.serve import asked
+from tinylm.serve.answers import Answer
+from tinylm.serve.asked import Dials, Refused
+from tinylm.serve.engine import Engine, Model, Request
+from tinylm.text.chat import read, render
+from tinylm.text.tokenizer import BOS
+
+LARGEST = 1_000_000
+"""bytes of a request's body"""
+PATIENCE = 10.0
+"""seconds in which a body must arrive"""
+TOO_LARGE = Refused("", f"the body has more than {LARGEST} bytes; send less", "too_large", 413)
+
+
+def routes(engine: Engine) -> list[Route]:
+    """Give the endpoint's routes over an engine's models."""
+    return [Route("/v1/models", functools.partial(listed, engine)),
+            Route("/v1/models/{name:path}", functools.partial(listed, engine)),
+            Route("/v1/completions", functools.partial(answered, engine, False), methods=["POST"]),
+            Route("/v1/chat/completions", functools.partial(answered, engine, True),
+                  methods=["POST"])]
+
+
+async def listed(engine: Engine, http: Http) -> Response:
+    """Name the models, or one of them."""
+    rows = [{"id": name, "object": "model", "created": 0, "owned_by": "tinylm",
+             "kind": "chat" if model.tuned else "base", "context": model.config.T}
+            for name, model in engine.models.items()]
+    if (name := http.path_params.get("name")) is None:
+        return JSONResponse({"object": "list", "data": rows})
+    for row in rows:
+        if row["id"] == name:
+            return JSONResponse(row)
+    return refusal(Refused("model", f"no model {name!r} here; /v1/models names them",
+                           "model_not_found", 404))
+
+
+async def answered(engine: Engine, chat: bool, http: Http) -> Response:
+    """Answer one request, whole or as server-sent events."""
+    try:
+        body = await body_of(http)
+        want = asked.dials(body, chat)
+        model = engine.models.get(want.model)
+        if model is None:
+            raise Refused("model", f"no model {want.model!r} here; /v1/models names them",
+                          "model_not_found", 404)
+        given = [talk(model, asked.messages(body))] if chat else [
+            np.concatenate([[BOS], model.tokenizer.encode(p)]) for p in asked.prompts(body)]
+        asking = Asking(engine, model, want, given, chat)
+    except BadInput as refused:
+        return refusal(refused)
+    if want.stream:
+        return StreamingResponse(asking.events(), media_type="text/event-stream")
+    try:
+        return JSONResponse(await asking.whole(http))
+    except Exception as fault:
+        return refusal(Refused("", f"the model failed: {fault}", "server_error", 500))
+
+
+async def body_of(http: Http) -> dict[str, Any]:
+    """Read a JSON object of at most LARGEST bytes that arrives within PATIENCE."""
+    data, told = bytearray(), http.headers.get("content-length", "0")
+    try:
+        if told.isdecimal() and int(told) > LARGEST:
+            raise TOO_LARGE
+        async with asyncio.timeout(PATIENCE):
+            async for part in http.stream():
+                data += part
+                if len(data) > LARGEST:
+                    raise TOO_LARGE
+        found = json.loads(bytes(data).decode())
+    except TimeoutError:
+        raise Refused("", f"the body did not arrive within {PATIENCE:g} s", "timeout", 408
+                      ) from None
+    except (ValueError, RecursionError) as bad:
+        raise Refused("", f"the body is no JSON: {bad}") from None
+    if not isinstance(found, dict):
+        raise Refused("", "the body is no JSON object")
+    return found
+
+
+def refusal(why: BadInput) -> JSONResponse:
+    """Give an error as OpenAI's clients read it."""
+    param, code, status = (getattr(why, k, d) for k, d in (
+        ("param", None), ("code", None), ("status", 400)))
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    return JSONResponse({"error": {"message": str(why), "type": kind, "param": param or None,
+                                   "code": code}}, status)
+
+
+def talk(model: Model, messages: Sequence[tuple[str, str]]) -> np.ndarray:
+    """Render a talk: by the template for a tuned model, as plain lines for a base model."""
+    if model.tuned:
+        return render(messages, model.tokenizer, prompt=True)[0]
+    if messages[0][0] == "system":
+        raise Refused("messages", f"{model.name} is a base model and knows no system prompt; leave "
+                                  "it out or ask a tuned model")
+    text = "\n".join(said for _, said in messages) + "\n"
+    return np.concatenate([[BOS], model.tokenizer.encode(text)])
+
+
+class Asking:
+    """One HTTP request's choices on their way: `n` answers to each prompt."""
+
+    def __init__(self, engine: Engine, model: Model, want: Dials, prompts: list[np.ndarray],
+                 chat: bool):
+        self.model, self.want, self.prompts, self.chat = model, want, prompts, chat
+        self.id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex[:24]}"
+        self.created = int(time.time())
+        loop, self.news = asyncio.get_running_loop(), asyncio.Queue()
+        seed = random.getrandbits(31) if want.seed is None else want.seed
+        reader = (functools.partial(read, tokenizer=model.tokenizer) if chat and model.tuned
+                  else model.tokenizer.decode)
+        self.answers, self.requests, self.logprobs = [], [], []
+        for number in range(len(prompts) * want.n):
+            def told(part: Any, number: int = number) -> None:
+                loop.call_soon_threadsafe(self.news.put_nowait, (number, part))
+
+            self.answers.append(Answer(model.tokenizer, reader, want.stop, want.logprobs or 0))
+            self.requests.append(Request(model.name, prompts[number // want.n], want.count,
+                                         want.temperature, want.top_p, seed + number % want.n,
+                                         told))
+            self.logprobs.append([])
+        try:
+            for request in self.requests:
+                engine.ask(request)
+        except BadInput as refused:
+            raise Refused("messages" if chat else "prompt", str(refused),
+                          "context_length_exceeded") from None
+
+    async def deltas(self) -> AsyncIterator[tuple[int, str, list[dict[str, Any]], bool]]:
+        """Yield (answer, text, its log-probabilities, whether it ended) until all have ended.
+
+        Leaving early cancels the rest.
+        """
+        left = len(self.requests)
+        try:
+            while left:
+                number, part = await self.news.get()
+                answer, request = self.answers[number], self.requests[number]
+                if isinstance(part, Exception):
+                    raise part
+                if part is None:
+                    left -= 1
+                    yield number, answer.finish(), [], True
+                elif answer.reason is None:
+                    new = answer.add(part)
+                    self.logprobs[number] += new.logprobs
+                    request.cancelled = answer.reason is not None
+                    yield number, new.text, new.logprobs, False
+        finally:
+            for request in self.requests:
+                request.cancelled = True
+
+    async def whole(self, http: Http) -> dict[str, Any]:
+        """Wait for all answers and give them in one."""
+        async for _ in self.deltas():
+            if await http.is_disconnected():
+                break
+        choices = []
+        for number, answer in enumerate(self.answers):
+            choice = {"index": number, "finish_reason": answer.reason,
+                      "logprobs": self._logprobs(self.logprobs[number])}
+            choices.append({**choice, "message": {"role": "assistant", "content": answer.text,
+                                                  "refusal": None}} if self.chat else
+                           {**choice, "text": answer.text})
+        return {**self._head("chat.completion" if self.chat else "text_completion"),
+                "choices": choices, "usage": self._usage()}
+
+    async def events(self) -> AsyncIterator[str]:
+        """Give server-sent events: each delta as it comes, the reasons, usage where asked for."""
+        head = self._head("chat.completion.chunk" if self.chat else "text_completion")
+        if self.chat:
+            for number in range(len(self.answers)):
+                first = {"role": "assistant", "content": ""}
+                yield _event({**head, "choices": [{"index": number, "finish_reason": None,
+                                                   "delta": first}]})
+        try:
+            async for number, text, logprobs, ended in self.deltas():
+                if text or logprobs:
+                    yield _event({**head, "choices": [self._chunk(number, text, logprobs, None)]})
+                if ended:
+                    reason = self.answers[number].reason
+                    yield _event({**head, "choices": [self._chunk(number, "", [], reason)]})
+        except Exception as fault:
+            yield _event({"error": {"message": f"the model failed: {fault}",
+                                    "type": "server_error", "param": None, "code": None}})
+            return
+        if self.want.usage:
+            yield _event({**head, "choices": [], "usage": self._usage()})
+        yield "data: [DONE]\n\n"
+
+    def _chunk(self, number, text, logprobs, reason) -> dict[str, Any]:
+        told = {"index": number, "finish_reason": reason,
+                "logprobs": self._logprobs(logprobs) if logprobs else None}
+        if self.chat:
+            return {**told, "delta": {"content": text} if text else {}}
+        return {**told, "text": text}
+
+    def _logprobs(self, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+        if self.want.logprobs is None:
+            return None
+        if self.chat:
+            return {"content": rows, "refusal": None}
+        return {"tokens": [r["token"] for r in rows],
+                "token_logprobs": [r["logprob"] for r in rows], "text_offset": [],
+                "top_logprobs": [{t["token"]: t["logprob"] for t in r["top_logprobs"]}
+                                 for r in rows]}
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model.name}
+
+    def _usage(self) -> dict[str, int]:
+        read_, made = sum(map(len, self.prompts)), sum(len(a.ids) for a in self.answers)
+        return {"prompt_tokens": read_, "completion_tokens": made, "total_tokens": read_ + made}
+
+
+def _event(value: dict[str, Any]) -> str:
+    return f"data: {json.dumps(value)}\n\n"

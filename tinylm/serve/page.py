@@ -1,0 +1,105 @@
+"""The page: static files, and what its tabs ask for as JSON."""
+
+import asyncio
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from starlette.requests import Request as Http
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+
+from tinylm.config import BadInput
+from tinylm.look import depth, heads, next_word, tokens
+from tinylm.look.page import shown
+from tinylm.model.capture import Insides, capture
+from tinylm.serve.api import body_of, refusal
+from tinylm.serve.asked import Refused
+from tinylm.serve.engine import Engine, Model
+from tinylm.text.tokenizer import BOS
+
+STATIC = Path(__file__).parent / "static"
+LONGEST = 20_000
+"""characters that a tab takes"""
+
+
+def routes(engine: Engine) -> list[Any]:
+    """Give the routes of the page over an engine's models."""
+    views = {"tokens": cut, "next": following, "attention": attention, "layers": layers}
+    found = [Route(f"/look/{name}", functools.partial(_shown, engine, view), methods=["POST"])
+             for name, view in views.items()]
+    return [*found, Mount("/", StaticFiles(directory=STATIC, html=True))]
+
+
+async def _shown(engine: Engine, view: Callable[[Model, dict[str, Any]], Any],
+                 http: Http) -> Response:
+    try:
+        body = await body_of(http)
+        model = engine.models.get(body.get("model"))
+        if model is None:
+            raise Refused("model", f"no model {body.get('model')!r} here", "model_not_found", 404)
+        if not isinstance(body.get("text"), str) or len(body["text"]) > LONGEST:
+            raise Refused("text", f"text is a text of at most {LONGEST} characters")
+        return JSONResponse(await asyncio.to_thread(view, model, body))
+    except BadInput as why:
+        return refusal(why)
+
+
+def cut(model: Model, body: dict[str, Any]) -> dict[str, Any]:
+    """Cut a text into pieces, and its first words by the merges that built them."""
+    found = tokens.pieces(model.tokenizer, model.tokenizer.encode(body["text"]))
+    words = list(dict.fromkeys(body["text"][:400].split()))[:6]
+    return {"pieces": [piece._asdict() for piece in found], "V": model.tokenizer.V,
+            "bytes": len(body["text"].encode("utf-8", "surrogatepass")),
+            "merges": {word: [[shown(p) for p in step]
+                              for step in model.tokenizer.merges(f" {word[:40]}")]
+                       for word in words}}
+
+
+def following(model: Model, body: dict[str, Any]) -> dict[str, Any]:
+    """Give the ten likeliest next tokens."""
+    found = next_word.predicted(model.config, model.params, _ids(model, body["text"]), 10)
+    return {"next": [{"text": shown(model.tokenizer.piece(one.id)), "p": one.p} for one in found]}
+
+
+def attention(model: Model, body: dict[str, Any]) -> dict[str, Any]:
+    """Give every head's weights, and one weight worked out where `pair` names it."""
+    inside, words = _captured(model, body["text"])
+    pair = body.get("pair")
+    if pair is None:
+        pair = heads.sharpest(inside)
+    L, H, T = inside.weights.shape[:3]
+    if (not isinstance(pair, list | tuple) or len(pair) != 4
+            or not all(isinstance(n, int) and not isinstance(n, bool) for n in pair)
+            or not (0 <= pair[0] < L and 0 <= pair[1] < H and 0 <= pair[3] <= pair[2] < T)):
+        raise Refused("pair", "pair is layer, head, reading and read token, from 0, of "
+                              f"{L} layers, {H} heads and {T} tokens")
+    one = heads.worked(inside, *pair)
+    return {"words": words, "weights": np.round(np.asarray(inside.weights, float), 4).tolist(),
+            "pair": list(pair), "worked": {k: np.round(v, 4).tolist()
+                                           for k, v in one._asdict().items()}}
+
+
+def layers(model: Model, body: dict[str, Any]) -> dict[str, Any]:
+    """Give the likeliest next tokens after each layer."""
+    inside, words = _captured(model, body["text"])
+    found = depth.depth(model.config, model.params, inside, 3)
+    names = [[[shown(model.tokenizer.piece(int(i))) for i in one] for one in row]
+             for row in found.ids]
+    return {"words": words, "names": names, "p": np.round(found.p, 4).tolist(),
+            "rank": found.rank.tolist(), "agree": found.agree.tolist(),
+            "nats": np.round(found.nats, 4).tolist(), "settled": depth.settled(found).tolist()}
+
+
+def _ids(model: Model, text: str) -> np.ndarray:
+    """Give the last ids of a text that leave a token of the context, behind the first id."""
+    return np.concatenate([[BOS], model.tokenizer.encode(text)[-model.config.T + 2:]])
+
+
+def _captured(model: Model, text: str) -> tuple[Insides, list[str]]:
+    ids = _ids(model, text)[:48]
+    return (capture(model.config, model.params, ids),
+            [shown(model.tokenizer.piece(int(i))) for i in ids])
