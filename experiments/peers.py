@@ -8,8 +8,8 @@ command    python experiments/peers.py --nanogpt CHECKOUT --out studies/peers
 cost       5 to 15 minutes a shape on two cores, most of it torch
 expected   to compiled bf16 at least 2.0, 1.4, 1.15, .95 times at s, m, l, xl; to tuned torch 1.6,
            1.15, 1.0, .9; decoding 12 and 25 times at batch 1 and 64
-result     1.66, 1.25, 1.06 at s, m, l; torch tuned 1.40, 1.09, 1.00; decoding 65 and 28 at s, 42
-           and 26 times at m; xl is not recorded: experiments/results/peers.json
+result     1.83, 1.43, 1.16, .99 at s, m, l, xl; torch tuned 1.70, 1.10, 1.07, .87; decoding 67 and
+           27 at s, 34 and 29 times at m: experiments/results/peers.json
 """
 
 import dataclasses

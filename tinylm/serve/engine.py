@@ -23,10 +23,10 @@ from tinylm.text.tokenizer import Tokenizer
 
 EVERY = 8
 """tokens of a turn"""
-WAVES = 4
+WAVES = 2
 """waves that take turns at once; further requests wait and are read together"""
-MOST = 64
-"""rows of a wave"""
+SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
+"""rows of a wave, rounded up to one of these, so that few programs are compiled"""
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Engine:
                 waiting.append(request)
             while waiting and len(waves) < WAVES:
                 name = waiting[0].model
-                taken = [r for r in waiting if r.model == name][:MOST]
+                taken = [r for r in waiting if r.model == name][:SIZES[-1]]
                 waiting = [r for r in waiting if r not in taken]
                 taken = [r for r in taken if not r.cancelled]
                 if taken:
@@ -141,8 +141,8 @@ def _or_told(do: Callable[[], list[Wave]], requests: list[Request]) -> list[Wave
 
 
 def _begun(model: Model, requests: list[Request]) -> Wave:
-    """Read the prompts; rows and widths are rounded up, so that few programs are compiled."""
-    rows = next(size for size in (1, 4, 16, MOST) if size >= len(requests))
+    """Read the prompts, padded to a quarter of the context or all of it."""
+    rows = next(size for size in SIZES if size >= len(requests))
     filled = requests + requests[-1:] * (rows - len(requests))
     longest, T = max(len(r.ids) for r in requests), model.config.T
     width = -(-longest // generate.BUCKET) * generate.BUCKET if longest <= T // 4 else T
