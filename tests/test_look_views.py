@@ -10,6 +10,7 @@ import pytest
 from test_model_decoder import drawn, forward
 from test_text_tokenizer import learnt, prose  # noqa: F401
 
+from tinylm.config import BadInput
 from tinylm.evaluate import heldout
 from tinylm.look import depth, growth, heads, next_word, plots, terminal, tokens
 from tinylm.model.baselines import NGram
@@ -106,6 +107,11 @@ def test_a_planted_induction_head_is_found_and_makes_repeats_easy():
     assert found.nats[0] - found.nats[1] > 1
     blank = heads.habits(CONFIG, drawn(CONFIG))
     assert blank.induction.max() < 0.3 and abs(blank.nats[0] - blank.nats[1]) < 0.5
+
+
+def test_a_context_without_room_for_a_repeat_is_refused():
+    with pytest.raises(BadInput, match="T=3 has no room"):
+        heads.habits(ModelConfig(V=40, D=16, T=3), {})
 
 
 def test_habits_are_the_means_of_the_weights(monkeypatch):

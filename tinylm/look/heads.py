@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Integer
 
+from tinylm.config import BadInput
 from tinylm.model.capture import Insides, capture
 from tinylm.model.decoder import ModelConfig, Params
 from tinylm.text.tokenizer import FIRST
@@ -27,6 +28,9 @@ class Habits(NamedTuple):
 
 def habits(config: ModelConfig, params: Params, seed: int = 0, count: int = 8) -> Habits:
     """Measure the heads on `count` sequences of random learnt pieces, each said twice."""
+    if config.T < 4:
+        raise BadInput(f"a context of T={config.T} has no room for a sequence said twice; look at "
+                       "a model with T=4 or more")
     half = config.T // 2
     drawn = np.random.default_rng(seed).integers(min(FIRST, config.V - 1), config.V, (count, half))
     weights, nats = [], []

@@ -20,6 +20,7 @@ from tinylm.verbs import folders, models
 
 TEXT = "The cat sat on the"
 LONGEST = 2000  # characters of the text whose words are built piece by piece
+WORD = 40  # and of one word
 FREQUENT = 20  # most frequent ids listed
 
 
@@ -62,7 +63,7 @@ def _tokens(target, text, prepared, **_):
                   f"{len(text)} characters, {size} bytes, {len(ids)} tokens of a vocabulary of "
                   f"{learnt.V}" + (f": {size / len(ids):.2f} bytes a token" if len(ids) else ""))
     for word in dict.fromkeys(re.findall(r" ?\S+", text[:LONGEST])):
-        steps = learnt.merges(word)
+        steps = learnt.merges(word[:WORD])
         if len(steps) > 1:
             terminal.show(" → ".join("|".join(map(shown, step)) for step in steps))
     found = tokens.frequencies(data)
