@@ -21,6 +21,7 @@ from tinylm.model import generate
 from tinylm.model.decoder import ModelConfig
 from tinylm.serve.answers import Answer
 from tinylm.serve.engine import Engine, Model, Part, Request
+from tinylm.text import preferences
 from tinylm.text.tokenizer import ASSISTANT, BOS, END
 
 openai = pytest.importorskip("openai")
@@ -44,11 +45,17 @@ def engine(models):
 
 
 @pytest.fixture(scope="module")
-def address(engine):
+def rankings(tmp_path_factory):
+    return tmp_path_factory.mktemp("ranked") / "by-hand.jsonl"
+
+
+@pytest.fixture(scope="module")
+def address(engine, rankings):
     from tinylm.serve.app import application
 
     with socket.create_server(("127.0.0.1", 0), backlog=256) as bound:
-        server = uvicorn.Server(uvicorn.Config(application(engine), log_level="critical"))
+        server = uvicorn.Server(uvicorn.Config(application(engine, (), rankings),
+                                               log_level="critical"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
         thread.start()
         yield f"http://127.0.0.1:{bound.getsockname()[1]}"
@@ -315,6 +322,24 @@ def test_what_is_typed_comes_back_as_text_and_views_answer(address):
                 {"model": "none"}):
         asked = {"model": "base", "text": "the", **bad}
         assert post(address + "/look/attention", json.dumps(asked).encode())[0] in (400, 404)
+
+
+def test_a_ranking_is_kept_as_what_a_reward_model_trains_on(address, rankings):
+    url, asked = address + "/look/rank", {"model": "chat", "text": "say it"}
+    for said in (None, ["one"], ["a", "a"], ["a", " "], ["a", 3], list("abcde")):
+        status, body = post(url, json.dumps({**asked, "responses": said}).encode())
+        assert status == 400 and json.loads(body)["error"]["param"] == "responses"
+    before = len(preferences.read_jsonl(rankings)) if rankings.exists() else 0
+    for said in (["best", "middle", "worst"], ["</script>\n\u2028", "b"]):
+        assert post(url, json.dumps({**asked, "responses": said}).encode())[0] == 200
+    kept = preferences.read_jsonl(rankings)[before:]
+    assert [k.responses for k in kept] == [("best", "middle", "worst"), ("</script>\n\u2028", "b")]
+    assert kept[0].messages == (("user", "say it"),)
+
+
+def test_a_run_of_no_study_has_no_law_to_show(address):
+    status, body = post(address + "/look/law", json.dumps({"model": "base", "text": ""}).encode())
+    assert status == 200 and json.loads(body) == {"figures": []}
 
 
 def test_the_page_asks_no_other_site_and_its_answers_bind_the_browser(address):

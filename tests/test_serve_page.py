@@ -3,8 +3,10 @@
 import shutil
 
 import pytest
-from test_serve import address, engine, models  # noqa: F401
+from test_serve import address, engine, models, rankings  # noqa: F401
 from test_text_tokenizer import learnt  # noqa: F401
+
+from tinylm.text import preferences
 
 play = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium")
@@ -90,9 +92,25 @@ def test_two_models_answer_side_by_side_and_can_be_stopped(page):
     assert page.is_hidden("#fault")
 
 
+def test_a_person_s_order_of_answers_is_kept(page, rankings):  # noqa: F811
+    page.click("#tab-rank")
+    page.select_option("#model", index=1)
+    page.fill("#prompt", "the boat")
+    page.press("#prompt", "Enter")
+    page.wait_for_selector("#ranked li >> nth=1")
+    second = page.inner_text("#ranked li:nth-child(2) span")
+    page.focus("#ranked li:nth-child(2) button:text-is('up')")
+    page.keyboard.press("Enter")
+    page.click("#keep")
+    page.wait_for_selector("#kept:has-text('kept in')")
+    last = preferences.read_jsonl(rankings)[-1]
+    assert last.messages == (("user", "the boat"),) and len(last.responses) >= 2
+    assert " ".join(last.responses[0].split()) == " ".join(second.split())
+
+
 def test_the_keyboard_alone_reaches_every_view(page):
     page.focus("#tab-tokens")
-    for name in ("next", "attention", "layers", "chat", "tokens"):
+    for name in ("next", "attention", "layers", "law", "chat", "rank", "tokens"):
         page.keyboard.press("ArrowRight")
         page.wait_for_selector(f"#{name}:visible")
         assert page.evaluate("document.activeElement.id") == f"tab-{name}"
@@ -106,7 +124,7 @@ def test_the_keyboard_alone_reaches_every_view(page):
 
 def test_a_narrow_screen_is_not_scrolled_sideways_and_dark_is_dark(page):
     page.set_viewport_size({"width": 320, "height": 640})
-    for name in ("tokens", "next", "attention", "layers", "chat"):
+    for name in ("tokens", "next", "attention", "layers", "law", "chat", "rank"):
         page.click(f"#tab-{name}")
         page.wait_for_timeout(300)
         assert page.evaluate("document.documentElement.scrollWidth") <= 320, name

@@ -1,6 +1,7 @@
 """The web application: the endpoint and the page behind checks of Host, Origin and size."""
 
 from collections.abc import Iterable
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
@@ -19,9 +20,13 @@ HEADERS = {
     "cross-origin-resource-policy": "same-origin", "cache-control": "no-store"}
 
 
-def application(engine: Engine, hosts: Iterable[str] = ()) -> ASGIApp:
-    """Build the application; it answers on loopback names and on `hosts` only."""
-    inner = Starlette(routes=[*api.routes(engine), *page.routes(engine)])
+def application(engine: Engine, hosts: Iterable[str] = (),
+                rankings: Path | None = None) -> ASGIApp:
+    """Build the application; it answers on loopback names and on `hosts` only.
+
+    What a person ranks is appended to the file `rankings`.
+    """
+    inner = Starlette(routes=[*api.routes(engine), *page.routes(engine, rankings)])
     return Guard(inner, {*LOOPBACK, *hosts})
 
 

@@ -1,7 +1,10 @@
 """The page: static files, and what its tabs ask for as JSON."""
 
 import asyncio
+import contextlib
 import functools
+import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +15,11 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
+from tinylm import files
 from tinylm.config import BadInput
-from tinylm.look import depth, heads, next_word, tokens
+from tinylm.look import depth, heads, next_word, plots, tokens
 from tinylm.look.page import shown
+from tinylm.look.study import Study
 from tinylm.model.capture import Insides, capture
 from tinylm.serve.api import body_of, refusal
 from tinylm.serve.asked import Refused
@@ -22,13 +27,16 @@ from tinylm.serve.engine import Engine, Model
 from tinylm.text.tokenizer import BOS
 
 STATIC = Path(__file__).parent / "static"
+LOCK = threading.Lock()
 LONGEST = 20_000
 """characters that a tab takes"""
 
 
-def routes(engine: Engine) -> list[Any]:
-    """Give the routes of the page over an engine's models."""
-    views = {"tokens": cut, "next": following, "attention": attention, "layers": layers}
+def routes(engine: Engine, rankings: Path | None = None) -> list[Any]:
+    """Give the routes of the page over an engine's models; a person's `rankings` go to that file.
+    """
+    views = {"tokens": cut, "next": following, "attention": attention, "layers": layers,
+             "law": law, "rank": functools.partial(rank, rankings)}
     found = [Route(f"/look/{name}", functools.partial(_shown, engine, view), methods=["POST"])
              for name, view in views.items()]
     return [*found, Mount("/", StaticFiles(directory=STATIC, html=True))]
@@ -92,6 +100,35 @@ def layers(model: Model, body: dict[str, Any]) -> dict[str, Any]:
     return {"words": words, "names": names, "p": np.round(found.p, 4).tolist(),
             "rank": found.rank.tolist(), "agree": found.agree.tolist(),
             "nats": np.round(found.nats, 4).tolist(), "settled": depth.settled(found).tolist()}
+
+
+def law(model: Model, body: dict[str, Any]) -> dict[str, Any]:
+    """Draw the figures of the study that the run belongs to, as SVG; none where it is of none."""
+    study, drawn = Study(model.folder.resolve().parent), []
+    for name, make in (("loss", plots.loss_axis), ("isoflops", plots.isoflops),
+                       ("frontier", plots.frontier), ("rates", plots.rates)):
+        with contextlib.suppress(BadInput):
+            figure = make(study)
+            drawn.append({"name": name, "title": figure.axes[0].get_title("left"),
+                          "svg": plots.standalone(figure)})
+    return {"figures": drawn}
+
+
+def rank(rankings: Path | None, model: Model, body: dict[str, Any]) -> dict[str, Any]:
+    """Append two to four answers, best first, to the file that `tinylm reward --data` reads."""
+    said = body.get("responses")
+    if rankings is None:
+        raise Refused("responses", "this server keeps no rankings; start it with --rankings FILE")
+    if (not isinstance(said, list) or not 2 <= len(said) <= 4
+            or not all(isinstance(s, str) and s.strip() and len(s) <= LONGEST for s in said)
+            or len(set(said)) < len(said)):
+        raise Refused("responses", "responses are two to four different texts, best first")
+    if not body["text"].strip():
+        raise Refused("text", "text is the prompt that was answered")
+    row = {"prompt": body["text"], "responses": said}
+    with LOCK:
+        files.append_lines(rankings, [json.dumps(row)])
+    return {"kept": str(rankings)}
 
 
 def _ids(model: Model, text: str) -> np.ndarray:

@@ -13,7 +13,8 @@ from tinylm.verbs import folders, models
 
 
 def serve(runs: Positional[tuple[Path, ...]], host: str = "127.0.0.1", port: int = 8000,
-          names: tuple[str, ...] = (), text: Path | None = None) -> None:
+          names: tuple[str, ...] = (), rankings: Path | None = None,
+          text: Path | None = None) -> None:
     """Serve finished runs: a page to look into them and talk, and an OpenAI-compatible endpoint.
 
     Args:
@@ -21,6 +22,7 @@ def serve(runs: Positional[tuple[Path, ...]], host: str = "127.0.0.1", port: int
         host: address to listen on; loopback only unless another is given
         port: of the server; 0: a free one
         names: further host names that the server answers to
+        rankings: .jsonl file to which a person's rankings are appended, for tinylm reward --data
         text: the prepared folder of the runs, where it has moved
     """
     require("port", port, 0, 65535)
@@ -33,7 +35,7 @@ def serve(runs: Positional[tuple[Path, ...]], host: str = "127.0.0.1", port: int
         raise BadInput(f"{missing.name} is not installed; pip install 'tinylm[serve]'") from None
     served = _opened(runs, text)
     with _listening(host, port) as bound, Engine(served) as engine:
-        app = application(engine, {host, *names})
+        app = application(engine, {host, *names}, rankings)
         engine.warm()
         at = bound.getsockname()[1]
         print(f"http://{'[' + host + ']' if ':' in host else host}:{at}/ and /v1: "

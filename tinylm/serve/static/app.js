@@ -7,7 +7,8 @@ const make = (tag, text = "", kind = "") => {
   if (kind) made.className = kind;
   return made;
 };
-const TABS = ["tokens", "next", "attention", "layers", "chat"];
+const TABS = ["tokens", "next", "attention", "layers", "law", "chat", "rank"];
+const TEXT = ["tokens", "next", "attention", "layers"];  // the views of the text
 let tab = "tokens", asked = 0, models = [], inside = null, talk = [], stopping = null;
 
 async function post(path, body, signal) {
@@ -33,19 +34,19 @@ function choose(name, focus) {
     $(one).hidden = one !== name;
   }
   if (focus) $("tab-" + name).focus();
-  $("read").hidden = name === "chat";
+  $("read").hidden = !TEXT.includes(name);
   history.replaceState(null, "", "#" + name);
   look();
 }
 
 async function look() {
-  if (tab === "chat") return;
+  if (tab === "chat" || tab === "rank") return;
   const mine = ++asked, view = tab;
   try {
     const found = await (await post("look/" + view, {model: $("model").value, text: $("text").value})).json();
     if (mine !== asked) return;
     fault();
-    ({tokens: showTokens, next: showNext, attention: showAttention, layers: showLayers})[view](found);
+    ({tokens: showTokens, next: showNext, attention: showAttention, layers: showLayers, law: showLaw})[view](found);
   } catch (error) {
     if (mine === asked) fault(error);
   }
@@ -166,6 +167,56 @@ function showLayers(found) {
   }));
 }
 
+function showLaw(found) {
+  $("none").hidden = found.figures.length > 0;
+  $("figures").replaceChildren(...found.figures.map((one) => {
+    const image = make("img");
+    image.alt = one.title;
+    image.src = "data:image/svg+xml," + encodeURIComponent(one.svg);
+    return image;
+  }));
+}
+
+async function answers(event) {
+  event.preventDefault();
+  const prompt = $("prompt").value.trim();
+  if (!prompt) return;
+  $("keep").disabled = true;
+  $("kept").textContent = "answering ...";
+  try {
+    const found = await (await post("v1/chat/completions", {model: $("model").value, n: Number($("count").value),
+      messages: [{role: "user", content: prompt}], temperature: 1})).json();
+    $("ranked").dataset.prompt = prompt;
+    const said = [...new Set(found.choices.map((choice) => choice.message.content.trim()).filter(Boolean))];
+    $("ranked").replaceChildren(...said.map((one) => {
+      const row = make("li"), text = make("span", one, "turn");
+      const up = make("button", "up"), down = make("button", "down");
+      up.onclick = () => { row.previousElementSibling?.before(row); up.focus(); };
+      down.onclick = () => { row.nextElementSibling?.after(row); down.focus(); };
+      row.append(up, " ", down, " ", text);
+      return row;
+    }));
+    $("keep").disabled = said.length < 2;
+    $("kept").textContent = said.length < 2 ? "the answers are all the same; ask again" : "";
+    fault();
+  } catch (error) {
+    $("kept").textContent = "";
+    fault(error);
+  }
+}
+
+async function keep() {
+  const responses = [...$("ranked").querySelectorAll("span")].map((one) => one.textContent);
+  try {
+    const found = await (await post("look/rank", {model: $("model").value, text: $("ranked").dataset.prompt, responses})).json();
+    $("keep").disabled = true;
+    $("kept").textContent = `kept in ${found.kept}`;
+    fault();
+  } catch (error) {
+    fault(error);
+  }
+}
+
 async function answer(name, box, signal) {
   const tuned = models.find((m) => m.id === name).kind === "chat";
   const messages = talk.map((turn) => turn.by ? {role: "assistant", content: turn.said[name] ?? ""}
@@ -238,6 +289,8 @@ $("layer").onchange = $("head").onchange = () => {
   heat();
   pick(t, t);
 };
+$("answer").onsubmit = answers;
+$("keep").onclick = keep;
 $("ask").onsubmit = send;
 $("stop").onclick = () => stopping?.abort();
 $("fresh").onclick = () => { talk = []; $("talks").replaceChildren(); fault(); };
