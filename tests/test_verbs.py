@@ -64,10 +64,10 @@ def test_a_tuned_run_names_its_parent_and_answers_the_same_again(trained, tuned)
     assert one.returncode == 0 and one.stdout == again.stdout and one.stdout.strip()
 
 
-def test_a_slim_copy_speaks_is_verified_and_tuned_from_as_the_run_is(trained):
+def test_a_slim_copy_speaks_is_verified_and_tuned_from_as_the_run_is(trained, tmp_path):
     folder, _, record = trained
-    assert tinylm("slim", folder / "run", "--out", folder / "copies/slim").returncode == 0
-    copy = folder / "copies/slim"
+    copy = tmp_path / "copies/slim"
+    assert tinylm("slim", folder / "run", "--out", copy).returncode == 0
     size = {place: sum(p.stat().st_size for p in place.rglob("*") if p.is_file()
                        and "checkpoints" in p.parts) for place in (folder / "run", copy)}
     assert size[copy] < 0.6 * size[folder / "run"]
@@ -78,7 +78,7 @@ def test_a_slim_copy_speaks_is_verified_and_tuned_from_as_the_run_is(trained):
     assert found[0] == found[1]
     again = tinylm("slim", folder / "run", "--out", copy)
     assert again.returncode == 2 and "holds a run already" in again.stderr
-    assert tinylm("slim", folder / "copies", "--out", folder / "no").returncode == 2
+    assert tinylm("slim", tmp_path, "--out", tmp_path / "no").returncode == 2
     harmed = next((copy / "checkpoints").rglob("d/*"))
     harmed.write_bytes(harmed.read_bytes()[:-1])
     assert tinylm("sample", copy).returncode == 2
