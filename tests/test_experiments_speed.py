@@ -28,5 +28,7 @@ def test_a_step_s_memory_does_not_grow_with_its_batch(tmp_path):
     found = files.read_json(tmp_path / "cost_by_size.json")
     rows = list(csv.DictReader((tmp_path / "cost_by_size.csv").read_text().splitlines()))
     assert found["memory_growth"] < 0.2  # eight times the rows: their tokens are in it
-    assert [int(row["D"]) for row in rows] == [32, 64]
+    assert "<svg" in (tmp_path / "cost_by_size.svg").read_text()
+    assert [(int(row["D"]), row["compute"]) for row in rows] == [
+        (32, "f32"), (32, "bf16"), (64, "f32"), (64, "bf16")]
     assert all(0 < float(row["utilisation"]) < 2 for row in rows)

@@ -12,9 +12,9 @@ from test_text_tokenizer import learnt, prose  # noqa: F401
 
 from tinylm.config import BadInput
 from tinylm.evaluate import heldout
-from tinylm.look import depth, growth, heads, next_word, plots, terminal, tokens
+from tinylm.look import depth, growth, heads, next_word, plots, terminal, tokens, tuned
 from tinylm.model.baselines import NGram
-from tinylm.model.capture import capture
+from tinylm.model.capture import capture, streams
 from tinylm.model.decoder import ModelConfig, init
 from tinylm.text import shards
 from tinylm.text.corpora import load
@@ -76,6 +76,24 @@ def test_the_lens_s_shares_ranks_and_depths_are_those_counted_by_hand(inside):
         assert found.agree[l] == np.mean([place == 0 for place in places])
     for t, at in enumerate(depth.settled(found)):
         assert (found.rank[at:, t] == 0).all() and (at == 0 or found.rank[at - 1, t] > 0)
+
+
+def test_a_tuned_lens_starts_as_the_logit_lens_and_comes_nearer_on_text_it_has_not_seen(inside):
+    params, rng = drawn(CONFIG), np.random.default_rng(0)
+    text = rng.integers(0, 60, 20)
+    np.testing.assert_allclose(streams(CONFIG, params, text), capture(CONFIG, params, text).stream,
+                               rtol=1e-5, atol=1e-6)
+    none = tuned.Maps(jnp.zeros((3, 16, 16)), jnp.zeros((3, 16)))
+    plain = depth.depth(CONFIG, params, inside)
+    for a, b in zip(plain, depth.depth(CONFIG, params, inside, maps=none), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9)
+    data = SimpleNamespace(train=rng.integers(0, 60, 4000), heldout=rng.integers(0, 60, 800))
+    found = tuned.fit(CONFIG, params, data, 300)
+    assert (found.after < 0.8 * found.before).all() and found.after[2] < found.after[0]
+    same = tuned.fit(CONFIG, params, data, 300)
+    assert all((a == b).all() for a, b in zip(found.maps, same.maps, strict=True))
+    seen = depth.depth(CONFIG, params, inside, maps=found.maps)
+    assert (seen.nats[:-1] < plain.nats[:-1]).all() and (seen.ids[-1] == plain.ids[-1]).all()
 
 
 def planted() -> tuple[ModelConfig, dict]:

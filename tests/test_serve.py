@@ -19,8 +19,9 @@ from test_text_tokenizer import learnt  # noqa: F401
 from tinylm.config import BadInput
 from tinylm.model import generate
 from tinylm.model.decoder import ModelConfig
+from tinylm.serve import engine as engines
 from tinylm.serve.answers import Answer
-from tinylm.serve.engine import Engine, Model, Part, Request
+from tinylm.serve.engine import Batch, Engine, Model, Part, Request
 from tinylm.text import preferences
 from tinylm.text.tokenizer import ASSISTANT, BOS, END
 
@@ -95,6 +96,36 @@ def test_what_a_request_draws_does_not_depend_on_those_beside_it(engine):
         np.testing.assert_allclose(alone.logp, together[n].logp, atol=1e-4)
 
 
+def heard(batch, arrivals):
+    """Let requests (prompt, count) join at their turns; give the tokens each is told of."""
+    told = [[] for _ in arrivals]
+    turns = {}
+    for n, (turn, ids, count) in enumerate(arrivals):
+        turns.setdefault(turn, []).append(Request(
+            "base", np.array(ids, np.int32), count, 1.0, 1.0, n, told[n].append, False))
+    for turn in range(max(turns) + 1 + 2 * T):
+        batch.waiting += turns.get(turn, [])
+        batch.turn()
+    assert not batch.live and batch.rows is None and all(t[-1] is None for t in told)
+    return [np.concatenate([p.tokens for p in t[:-1]]).tolist() for t in told]
+
+
+def test_requests_that_come_and_go_at_any_turn_draw_what_they_draw_alone(models, monkeypatch):
+    monkeypatch.setattr(engines, "EVERY", 4)
+    rng = np.random.default_rng(0)
+    arrivals = [(int(rng.integers(12)), [BOS, *rng.integers(22, 90, rng.integers(0, T - 2))], 40)
+                for _ in range(24)]
+    arrivals = [(turn, ids, min(count, T - len(ids))) for turn, ids, count in arrivals]
+    batch, moved = Batch(models["base"]), []
+    monkeypatch.setattr(engines, "_taken", lambda rows, order, *rest, taken=engines._taken: (
+        moved.append(len(order)), taken(rows, order, *rest))[1])
+    together = heard(batch, arrivals)
+    assert len(set(moved)) > 2  # it grew and shrank
+    for n in range(0, 24, 5):
+        nobody = [(0, [BOS], 1)] * n  # so that the seed is the same
+        assert heard(Batch(models["base"]), [*nobody, (0, *arrivals[n][1:])])[n] == together[n]
+
+
 def test_the_likeliest_tokens_are_those_of_the_plain_sampler(engine, models):
     base = models["base"]
     plain = generate.sample(base.config, base.params, [np.array(p) for p in PROMPTS], 20, 0, 0.0)
@@ -120,6 +151,15 @@ def test_a_nucleus_keeps_the_likeliest_that_make_up_its_share():
     np.testing.assert_allclose(kept[0], [0.5, 0, 0.3, 0], rtol=1e-6)
     assert (kept[1] > 0).all()  # ties
     np.testing.assert_allclose(generate._nucleus(p, jnp.array([1.0, 1.0])), p)
+    wide = jax.nn.softmax(4 * jax.random.normal(jax.random.key(0), (64, 300)), axis=-1)
+    shares = jnp.linspace(1e-6, 0.98, 64)
+    kept, wide = np.asarray(generate._nucleus(wide, shares)) > 0, np.asarray(wide, np.float64)
+    for row, share, mine in zip(wide, shares, kept, strict=True):
+        falling = np.argsort(-row)
+        nucleus = falling[np.cumsum(row[falling]) - row[falling] < share - 1e-6]
+        assert set(nucleus) <= set(np.flatnonzero(mine)) and mine.sum() - len(nucleus) <= 1
+    almost = jnp.full((1, 3), 0.333)  # rounding: they add up to less than the share
+    assert (generate._nucleus(almost, jnp.ones(1)) > 0).all()
 
 
 def test_a_request_that_does_not_fit_is_refused_and_a_failing_one_harms_no_other(engine, models):

@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,9 @@ import pytest
 from command import ROOT, tinylm
 from test_stages_pretrain import story
 
-from tinylm import __main__, verbs
+from tinylm import __main__, files, verbs
+from tinylm.config import BadInput
+from tinylm.look.tuned import load as load_lens
 
 
 def process(*args: object, **env: str) -> subprocess.CompletedProcess:
@@ -97,9 +100,65 @@ def test_every_view_of_a_run_is_shown(trained, tmp_path, view, says):
         assert record["id"] in done.stdout
 
 
+def test_a_view_is_written_as_a_page_that_fetches_nothing(trained, tmp_path):
+    folder, _, _ = trained
+    for view in ("tokens", "layers"):
+        page = tmp_path / f"{view}.html"
+        done = tinylm("look", view, folder / "run", "--text", "the <b>boat", "--out", page)
+        assert done.returncode == 0, done.stderr
+        text = page.read_text()
+        assert "&lt;" in text and "<b>" not in text and ("<svg" in text) == (view == "layers")
+        assert "<script" not in text and "http" not in text.replace("http-equiv", "")
+    assert tinylm("look", "heads", folder / "run").returncode == 0  # nothing is recorded any more
+
+
+def test_a_run_that_kept_checkpoints_is_looked_at_as_it_was(trained, tmp_path):
+    folder, _, _ = trained
+    run = tmp_path / "run"
+    command = ("train", "--out", run, "--text", folder / "run/text", "--model.V", 128, "--model.D",
+               8, "--model.T", 32, "--batch", 64, "--steps", 40, "--keep", 5, 20)
+    assert tinylm(*command).returncode == 0
+    assert [p.name for p in sorted((run / "checkpoints").iterdir())] == [
+        f"step-{n:08d}" for n in (5, 20, 40)]
+    grown = tinylm("look", "growth", run)
+    steps = re.findall(r"^│ +(\d+) │ +(\d+) │", grown.stdout, re.MULTILINE)
+    assert steps == [("5", "320"), ("20", "1280"), ("40", "2560")], grown.stdout
+    then, now, plain = (tinylm("look", "layers", run, "--text", "the boat", *at).stdout
+                        for at in (("--at", 5), ("--at", 40), ()))
+    assert then != now == plain
+    assert tinylm("verify", run).returncode == 0
+    for wrong, words in ((("--at", 6), "[5, 20, 40], not 6"), (("--at", -1), "at=-1")):
+        done = tinylm("look", "layers", run, *wrong)
+        assert done.returncode == 2 and words in done.stderr
+    assert "keep=41" in tinylm(*command[:-2], 41).stderr
+    other = tinylm(*command[:-2], 7)
+    assert other.returncode == 2 and "(5, 20), not (7,)" in other.stderr
+
+
+def test_a_tuned_lens_is_fitted_once_read_by_look_and_only_with_its_own_run(trained, tmp_path):
+    folder, _, record = trained
+    command = ("lens", folder / "run", "--out", tmp_path / "lens", "--steps", 3)
+    first, again = tinylm(*command), tinylm(*command)
+    assert first.returncode == again.returncode == 0 and first.stdout == again.stdout
+    assert "by the tuned one" in first.stdout
+    look = ("look", "layers", folder / "run", "--text", "the boat", "--lens", tmp_path / "lens")
+    assert tinylm(*look).returncode == 0
+    other = tinylm("lens", folder / "run", "--out", tmp_path / "lens", "--steps", 4)
+    assert other.returncode == 2 and "holds something else" in other.stderr
+    facts = files.verified(tmp_path / "lens")
+    assert facts["of"] == record["id"]
+    with pytest.raises(BadInput, match="no tuned lens of run x"):
+        load_lens(tmp_path / "lens", "x")
+    maps = tmp_path / "lens/maps.npz"
+    maps.write_bytes(maps.read_bytes()[:-1] + b"x")
+    broken = tinylm(*look)
+    assert broken.returncode == 2 and "maps.npz" in broken.stderr
+
+
 @pytest.mark.parametrize("args, words", [
     (("tokens", "--out", "t.svg"), "tokens cannot be written so"),
-    (("heads", "--out", "t.gif"), "give .svg or .png"),
+    (("heads", "--out", "t.gif"), "give .html, or .svg or .png"),
+    (("heads", "--lens", "l"), "a lens is for layers"),
     (("attention", "--layer", 9, "--head", 1), "layer=9"),
     (("attention", "--layer", 1), "give both from 1, or neither"),
     (("attention", "--pair", 0, 1), "is not two token numbers"),

@@ -45,6 +45,8 @@ class Plan:
     """attention by the library, operands in the model's type, instead of ours in blocks"""
     remat: bool = False
     """a layer's insides are computed again on the way back: less memory, a third more work"""
+    kept: tuple[int, ...] = ()
+    """steps whose checkpoints stay, to look at afterwards"""
 
 
 BITS = ("backend", "device", "instructions", "xla_flags")

@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy.special import log_softmax
 
+from tinylm.look.tuned import Maps
 from tinylm.model.capture import Insides, lens
 from tinylm.model.decoder import ModelConfig, Params
 
@@ -25,12 +26,13 @@ class Depth(NamedTuple):
     """KL of the whole model's prediction from this one, mean over the positions"""
 
 
-def depth(config: ModelConfig, params: Params, inside: Insides, k: int = 5) -> Depth:
-    """Read every depth of a captured text as the last one is read."""
+def depth(config: ModelConfig, params: Params, inside: Insides, k: int = 5,
+          maps: Maps | None = None) -> Depth:
+    """Read every depth of a captured text as the last one is read, or through its tuned map."""
     final = log_softmax(np.asarray(inside.logits, np.float64), axis=-1)
     answer = final.argmax(-1)
     found = []
-    for stream in inside.stream:
+    for stream in maps(inside.stream) if maps else inside.stream:
         said = log_softmax(np.asarray(lens(config, params, stream), np.float64), axis=-1)
         best = np.argsort(-said, axis=-1, kind="stable")[:, :k]
         rank = (said > np.take_along_axis(said, answer[:, None], 1)).sum(-1)

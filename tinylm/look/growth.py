@@ -1,4 +1,4 @@
-"""What comes with scale: the same views of every run of a ladder."""
+"""What comes with scale and with training: the same views of every run, or checkpoint, in turn."""
 
 from pathlib import Path
 from typing import Any
@@ -7,12 +7,26 @@ import numpy as np
 from jaxtyping import Float
 
 from tinylm.config import from_json
+from tinylm.evaluate.heldout import heldout
 from tinylm.look.heads import habits
-from tinylm.model.decoder import ModelConfig
+from tinylm.model.decoder import ModelConfig, Params
 from tinylm.text.shards import Dataset
 from tinylm.train import checkpoint
 
 Row = dict[str, Any]
+
+
+def history(config: ModelConfig, folder: Path, record: Row, data: Dataset) -> list[Row]:
+    """Say the same of the checkpoints that a run kept on its way, each scored on held-out text."""
+    rows = []
+    for step in checkpoint.held(folder):
+        params = checkpoint.final_params(folder, config, step)
+        done = step / record["config"]["steps"]
+        rows.append({"step": step, "tokens": round(done * record["tokens"]),
+                     "FLOPs": done * record["flops"]["exact"],
+                     "bits_per_byte": heldout(config, params, data).bits_per_byte,
+                     **_learnt(config, params)})
+    return rows
 
 
 def ladder(runs: dict[Path, Row]) -> list[Row]:
@@ -26,14 +40,18 @@ def ladder(runs: dict[Path, Row]) -> list[Row]:
         if not record["loss"]:
             continue
         config = from_json(ModelConfig, record["config"]["model"], "model")
-        found = habits(config, checkpoint.final_params(folder, config))
         rows.append({"run": record["id"], "width": config.D, "layers": config.L,
                      "FLOPs": record["flops"]["exact"],
                      "bits_per_byte": record["loss"]["bits_per_byte"],
-                     "previous": float(found.previous.max()), "first": float(found.first.max()),
-                     "induction": float(found.induction.max()),
-                     "gain": float(found.nats[0] - found.nats[1])})
+                     **_learnt(config, checkpoint.final_params(folder, config))})
     return rows
+
+
+def _learnt(config: ModelConfig, params: Params) -> Row:
+    found = habits(config, params)
+    return {"previous": float(found.previous.max()), "first": float(found.first.max()),
+            "induction": float(found.induction.max()),
+            "gain": float(found.nats[0] - found.nats[1])}
 
 
 def passed(rows: list[Row], tables: dict[str, Row]) -> dict[str, float | None]:

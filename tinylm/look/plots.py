@@ -284,6 +284,21 @@ def growth(rows: list[dict[str, Any]]) -> Figure:
     return _done(ax, f"A repeat is easier by up to {max(r['gain'] for r in rows):.2f} nats a token")
 
 
+def cost(rows: list[dict[str, Any]]) -> Figure:
+    """Draw time against FLOPs a token, with each size's share of the best float32 product."""
+    figure, ax = _axes("training FLOPs a token", "microseconds a token, whole machine")
+    ax.set_yscale("log")
+    for compute, colour, mark in (("f32", BLUE, "o"), ("bf16", ORANGE, "s")):
+        mine = [r for r in rows if r["compute"] == compute]
+        ax.plot([r["flops_per_token"] for r in mine], [1e6 / r["tokens_per_second"] for r in mine],
+                marker=mark, color=colour, label=f"{compute} products")
+        for r in mine:
+            ax.annotate(f"D={r['D']}: {r['utilisation']:.0%}", size=7, color=colour,
+                        xy=(r["flops_per_token"], 1e6 / r["tokens_per_second"]),
+                        xytext=(4, -9 if compute == "bf16" else 4), textcoords="offset points")
+    return _done(ax, "Time a token (share of the best float32 product)")
+
+
 def svg(figure: Figure) -> str:
     """Give a figure as inline SVG labelled by its title: no address, the same bytes each time."""
     text, label = standalone(figure), html.escape(figure.axes[0].get_title("left"))

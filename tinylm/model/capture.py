@@ -39,6 +39,13 @@ def capture(config: ModelConfig, params: Params, tokens: Integer[np.ndarray, "T"
 
 
 @functools.partial(jax.jit, static_argnums=0)
+def streams(config: ModelConfig, params: Params,
+            tokens: Integer[Array, "T"]) -> Float[Array, "L1 T D"]:
+    """Give the residual stream alone; XLA leaves out what only the other insides need."""
+    return _capture(config, params, tokens).stream
+
+
+@functools.partial(jax.jit, static_argnums=0)
 def lens(config: ModelConfig, params: Params,
          stream: Float[Array, "T D"]) -> Float[Array, "T V"]:
     """Read the stream after any block as the last one is read: the logit lens."""

@@ -16,14 +16,17 @@ class Delta(NamedTuple):
 
     text: str
     logprobs: list[dict[str, Any]]
-    """of the turn's tokens: token, logprob (nats), bytes, and the likeliest in their place"""
+    """of the turn's tokens, if asked: token, logprob (nats), bytes, the likeliest in its place"""
 
 
 class Answer:
-    """The text of a request's tokens, up to and without a stop string or the end of the turn."""
+    """The text of a request's tokens, up to and without a stop string or the end of the turn.
+
+    `top` is how many likeliest tokens are told beside each; None: no log-probabilities at all.
+    """
 
     def __init__(self, tokenizer: Tokenizer, read: Callable[[Sequence[int]], str],
-                 stops: Sequence[str], top: int):
+                 stops: Sequence[str], top: int | None):
         self.tokenizer, self.read, self.stops, self.top = tokenizer, read, stops, top
         self.ids: list[int] = []
         self.text = ""
@@ -56,7 +59,8 @@ class Answer:
                                               if sure.endswith(stop[:n])), default=0)
             sure = sure[:len(sure) - held]
         new, self.text = sure[len(self.text):], max(self.text, sure, key=len)
-        return Delta(new, [self._logprob(*row) for row in zip(*part, strict=True)])
+        asked = zip(*part, strict=True) if self.top is not None else ()
+        return Delta(new, [self._logprob(*row) for row in asked])
 
     def _logprob(self, token: int, logp: float, top: np.ndarray, top_logp: np.ndarray):
         best = [self._named(int(i), float(p)) for i, p in zip(top, top_logp, strict=True)]

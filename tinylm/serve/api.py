@@ -133,10 +133,10 @@ class Asking:
             def told(part: Any, number: int = number) -> None:
                 loop.call_soon_threadsafe(self.news.put_nowait, (number, part))
 
-            self.answers.append(Answer(model.tokenizer, reader, want.stop, want.logprobs or 0))
+            self.answers.append(Answer(model.tokenizer, reader, want.stop, want.logprobs))
             self.requests.append(Request(model.name, prompts[number // want.n], want.count,
                                          want.temperature, want.top_p, seed + number % want.n,
-                                         told))
+                                         told, bool(want.logprobs)))
             self.logprobs.append([])
         try:
             for request in self.requests:

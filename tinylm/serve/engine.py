@@ -1,13 +1,16 @@
-"""Many requests on few models: one thread owns the device and decodes them in waves.
+"""Many requests on few models: one thread owns the device and keeps a running batch a model.
 
-Requests that wait are read together and form a wave; all waves take turns, a few tokens each, so a
-new request waits for a turn and not for the answers before it. What a request draws depends on its
-own seed and text. Each hears of its tokens through a callback that must not block.
+A request joins the batch at the next turn and leaves it when answered; a turn is a few tokens for
+all. The rows write the same slot of their caches, so the caches are moved along: a row that joins
+is moved to where the others are. What a request draws depends on its own seed and text. Each hears
+of its tokens through a callback that must not block.
 """
 
+import functools
+import logging
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -15,18 +18,20 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
 from tinylm.config import BadInput
 from tinylm.model import generate
+from tinylm.model.attention import KeyValue
 from tinylm.model.decoder import ModelConfig, Params
 from tinylm.text.tokenizer import Tokenizer
 
-EVERY = 8
+EVERY = 16
 """tokens of a turn"""
-WAVES = 2
-"""waves that take turns at once; further requests wait and are read together"""
-SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
-"""rows of a wave, rounded up to one of these, so that few programs are compiled"""
+SIZES = (1, 4, 16, 32, 64)
+"""rows of a batch, and of those that join it, rounded up to one of these: few programs"""
+LIKELIEST = 5
+"""tokens told beside each drawn one, where a request asks for any"""
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class Part(NamedTuple):
 
     tokens: np.ndarray  # int32[n]
     logp: np.ndarray  # float32[n], nats
-    top: np.ndarray  # int32[n, k]
+    top: np.ndarray  # int32[n, k]; k = 0 unless some request of the batch asks for them
     top_logp: np.ndarray  # float32[n, k]
 
 
@@ -62,15 +67,20 @@ class Request:
     top_p: float
     seed: int
     told: Callable[[Part | None | Exception], None]
+    likeliest: bool = True
+    """the likeliest tokens are told beside each drawn one"""
     cancelled: bool = False
     made: int = field(default=0, init=False)
 
+    @property
+    def length(self) -> int:
+        """Give its tokens so far, prompt included."""
+        return len(self.ids) + self.made
 
-class Wave(NamedTuple):
-    """Requests that are decoded together, and where they are; rows beyond them are padding."""
 
-    model: Model
-    requests: list[Request]
+class Rows(NamedTuple):
+    """What the device holds of a batch; rows without a request have stopped."""
+
     state: generate.Decoding
     keys: jax.Array
     temperature: jax.Array
@@ -97,7 +107,7 @@ class Engine:
         """Answer a first request of every model, so that a client does not wait for XLA."""
         for name in self.models:
             said: queue.SimpleQueue[Part | None | Exception] = queue.SimpleQueue()
-            self.ask(Request(name, np.ones(1, np.int32), EVERY, 1.0, 1.0, 0, said.put))
+            self.ask(Request(name, np.ones(1, np.int32), EVERY, 1.0, 1.0, 0, said.put, False))
             while isinstance(said.get(), Part):
                 pass
 
@@ -111,64 +121,155 @@ class Engine:
         self._asked.put(request)
 
     def _run(self) -> None:
-        waiting: list[Request] = []
-        waves: list[Wave] = []
+        batches: dict[str, Batch] = {}
         while True:
-            while not self._asked.empty() or not (waves or waiting):
+            while not self._asked.empty() or not batches:
                 if (request := self._asked.get()) is None:
                     return
-                waiting.append(request)
-            while waiting and len(waves) < WAVES:
-                name = waiting[0].model
-                taken = [r for r in waiting if r.model == name][:SIZES[-1]]
-                waiting = [r for r in waiting if r not in taken]
-                taken = [r for r in taken if not r.cancelled]
-                if taken:
-                    waves += _or_told(lambda taken=taken, name=name: [
-                        _begun(self.models[name], taken)], taken)
-            waves = [w for wave in waves for w in _or_told(lambda wave=wave: _turn(wave),
-                                                           wave.requests)]
+                name = request.model
+                batches.setdefault(name, Batch(self.models[name])).waiting.append(request)
+            for name, batch in list(batches.items()):
+                batch.turn()
+                if not (batch.waiting or batch.live):
+                    del batches[name]
 
 
-def _or_told(do: Callable[[], list[Wave]], requests: list[Request]) -> list[Wave]:
-    """Do it; what goes wrong is told to those it was for, and the others go on."""
-    try:
-        return do()
-    except Exception as fault:
-        for request in requests:
-            request.told(fault)
-        return []
+class Batch:
+    """The requests of one model: those that wait, and those that are decoded together."""
+
+    def __init__(self, model: Model):
+        self.model = model
+        self.waiting: list[Request] = []
+        self.seats: list[Request | None] = []
+        """who has which row"""
+        self.rows: Rows | None = None
+
+    @property
+    def live(self) -> list[Request]:
+        """List the requests that are being answered."""
+        return [r for r in self.seats if r is not None]
+
+    def turn(self) -> None:
+        """Let those in that wait and decode a few tokens of all."""
+        joining = [r for r in self.waiting if not r.cancelled][:SIZES[-1] - len(self.live)]
+        self.waiting = [r for r in self.waiting if not r.cancelled and r not in joining]
+        if joining:
+            self._or_told(lambda: self._join(joining), joining)
+        if self.live:
+            self._or_told(self._decode, self.live)
+
+    def _or_told(self, do: Callable[[], None], requests: list[Request]) -> None:
+        """Do it; what goes wrong is told to those it was for, and the others go on."""
+        try:
+            do()
+        except Exception as fault:
+            logging.getLogger(__name__).exception("%s failed", self.model.name)
+            for request in requests:
+                request.told(fault)
+            self._seat(None if r in requests else r for r in self.seats)
+
+    def _seat(self, seats: Iterable[Request | None]) -> None:
+        self.seats = list(seats)
+        if not self.live:
+            self.seats, self.rows = [], None
+
+    def _join(self, requests: list[Request]) -> None:
+        """Read the prompts, padded to a quarter of the context or all of it, and seat them."""
+        c, longest, size = self.model.config, max(len(r.ids) for r in requests), _size(requests)
+        filled = requests + requests[-1:] * (size - len(requests))
+        width = -(-longest // generate.BUCKET) * generate.BUCKET if longest <= c.T // 4 else c.T
+        state = generate.prefill(c, self.model.params, [r.ids for r in filled], width, _slots(c))
+        if self.rows is None:
+            self.rows, self.seats = _blank(state, size, longest), [None] * size
+        if self.seats.count(None) < len(requests):
+            self._resize(_size([*self.live, *requests]))
+        if int(self.rows.state.slot) < longest:
+            self.rows = _moved(self.rows, max(r.length for r in (*self.live, *requests)))
+        free = [n for n, r in enumerate(self.seats) if r is None][:len(requests)]
+        places = np.full(size, len(self.seats), np.int32)  # the padding has no place
+        places[:len(free)] = free
+        self.rows = _seated(self.rows, state, places, *(
+            np.array([getattr(r, name) for r in filled], dtype) for name, dtype in (
+                ("seed", np.uint32), ("temperature", np.float32), ("top_p", np.float32))))
+        for n, request in zip(free, requests, strict=True):
+            self.seats[n] = request
+
+    def _resize(self, size: int) -> None:
+        kept = [n for n, r in enumerate(self.seats) if r is not None]
+        order = np.array(kept + kept[:1] * (size - len(kept)), np.int32)
+        self.rows = _taken(self.rows, order, np.arange(size) >= len(kept))
+        self.seats = [self.seats[n] for n in kept] + [None] * (size - len(kept))
+
+    def _decode(self) -> None:
+        """Decode a turn, tell its tokens, free the rows of those that are answered."""
+        if int(self.rows.state.slot) + EVERY > _slots(self.model.config):
+            self.rows = _moved(self.rows, max(r.length for r in self.live))
+        k = LIKELIEST if any(r.likeliest for r in self.live) else 0
+        state, said = generate.advance(self.model.config, self.model.params, self.rows.state,
+                                       EVERY, *self.rows[1:], k=k)
+        arrays, stopped = [np.asarray(a) for a in said], np.array(state.stopped)
+        for row, request in enumerate(self.seats):
+            if request is None:
+                continue
+            ends = np.flatnonzero(arrays[0][row] < generate.CONTROL)
+            size = min(EVERY, request.count - request.made, *(ends[:1] + 1))
+            request.made += size
+            request.told(Part(*(a[row, :size] for a in arrays)))
+            if stopped[row] or request.made >= request.count or request.cancelled:
+                stopped[row], self.seats[row] = True, None
+                request.told(None)
+        self.rows = self.rows._replace(state=state._replace(stopped=jnp.asarray(stopped)))
+        self._seat(self.seats)
+        size = _size(self.live) if self.live else 0
+        if not self.waiting and size < len(self.seats) >= 2 * len(self.live):
+            self._resize(size)
 
 
-def _begun(model: Model, requests: list[Request]) -> Wave:
-    """Read the prompts, padded to a quarter of the context or all of it."""
-    rows = next(size for size in SIZES if size >= len(requests))
-    filled = requests + requests[-1:] * (rows - len(requests))
-    longest, T = max(len(r.ids) for r in requests), model.config.T
-    width = -(-longest // generate.BUCKET) * generate.BUCKET if longest <= T // 4 else T
-    state = generate.prefill(model.config, model.params, [r.ids for r in filled], width, T + width)
-    padding = jnp.arange(rows) >= len(requests)
-    return Wave(model, requests, state._replace(stopped=state.stopped | padding),
-                jax.vmap(jax.random.key)(jnp.array([r.seed for r in filled], jnp.uint32)),
-                jnp.array([r.temperature for r in filled], jnp.float32),
-                jnp.array([r.top_p for r in filled], jnp.float32))
+def _size(requests: Sequence[Request]) -> int:
+    return next(size for size in SIZES if size >= len(requests))
 
 
-def _turn(wave: Wave) -> list[Wave]:
-    """Decode a few tokens of a wave; give it back unless all its requests are answered."""
-    before = np.asarray(wave.state.stopped)
-    state, said = generate.advance(wave.model.config, wave.model.params, wave.state, EVERY,
-                                   wave.keys, wave.temperature, wave.top_p)
-    arrays, stopped = [np.asarray(a) for a in said], np.array(state.stopped)
-    for row, request in enumerate(wave.requests):
-        if before[row]:
-            continue
-        ends = np.flatnonzero(arrays[0][row] < generate.CONTROL)
-        size = min(EVERY, request.count - request.made, *(ends[:1] + 1))
-        request.made += size
-        request.told(Part(*(a[row, :size] for a in arrays)))
-        if stopped[row] or request.made >= request.count or request.cancelled:
-            stopped[row] = True
-            request.told(None)
-    return [] if stopped.all() else [wave._replace(state=state._replace(
-        stopped=jnp.asarray(stopped)))]
+def _slots(config: ModelConfig) -> int:
+    """Give the slots of a cache: a whole context, and room to go on before it must be moved."""
+    return config.T + max(2 * EVERY, config.T // 4)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _blank(like: generate.Decoding, size: int, slot: int) -> Rows:
+    """Give rows without requests, their next slot `slot`."""
+    cache = jax.tree.map(lambda a: jnp.zeros((size, *a.shape[1:])), like.cache)
+    begin, stopped = jnp.zeros(size, jnp.int32), jnp.ones(size, bool)
+    logits = jnp.zeros((size, like.logits.shape[1]))
+    return Rows(generate.Decoding(cache, logits, jnp.int32(slot), begin, stopped),
+                jax.vmap(jax.random.key)(jnp.zeros(size, jnp.uint32)), jnp.ones(size),
+                jnp.ones(size))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _moved(rows: Rows, slot: int) -> Rows:
+    """Move the caches along so that `slot` is the next to be written."""
+    return rows._replace(state=_along(rows.state, slot))
+
+
+def _along(state: generate.Decoding, slot: Int[Array, ""]) -> generate.Decoding:
+    by = slot - state.slot
+    cache = tuple(KeyValue(jnp.roll(c.k, by, 2), jnp.roll(c.v, by, 2), c.last)
+                  for c in state.cache)
+    return state._replace(cache=cache, slot=jnp.int32(slot), begin=state.begin + by)
+
+
+@jax.jit
+def _taken(rows: Rows, order: Int[Array, "B"], stopped: Bool[Array, "B"]) -> Rows:
+    """Give these rows in this order, the masked ones stopped."""
+    taken = jax.tree.map(lambda a: a[order] if a.ndim else a, rows)
+    return taken._replace(state=taken.state._replace(stopped=stopped | taken.state.stopped))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _seated(rows: Rows, fresh: generate.Decoding, places: Int[Array, "b"], seeds: Int[Array, "b"],
+            temperature: Float[Array, "b"], top_p: Float[Array, "b"]) -> Rows:
+    """Write fresh rows over those at these places; a place beyond the last is none."""
+    moved = Rows(_along(fresh, rows.state.slot), jax.vmap(jax.random.key)(seeds), temperature,
+                 top_p)
+    return jax.tree.map(lambda a, b: a.at[places].set(b, mode="drop") if a.ndim else a, rows,
+                        moved)

@@ -188,7 +188,7 @@ def pretrain(
                     state = branched(config, state, trunk)
             state, (finite,) = loop.train(
                 folder, [loop.Member(folder / "metrics.jsonl", config.steps, event)], state, chunk,
-                batch_at, config.batch, plan, mesh, clock, config.branches)
+                batch_at, config.batch, plan, mesh, clock, (*config.branches, *plan.kept))
             return _conclude(folder, config, data, clock, epochs, state.params if finite else None)
 
 

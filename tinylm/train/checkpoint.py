@@ -67,6 +67,11 @@ def steps(folder: Path) -> list[Path]:
     return sorted(Path(folder).glob("step-*"))
 
 
+def held(folder: Path) -> list[int]:
+    """List the steps whose checkpoints a run's folder holds, oldest first."""
+    return [int(p.name.partition("-")[2]) for p in steps(Path(folder) / "checkpoints")]
+
+
 def at(folder: Path, step: int) -> Path:
     """Give the place of a folder's checkpoint of one step."""
     return Path(folder).absolute() / f"step-{step:08d}"
@@ -130,9 +135,12 @@ def params_sha256(folder: Path) -> str:
     return total.hexdigest()
 
 
-def final_params(folder: Path, model: ModelConfig) -> Params:
-    """Load the final parameters of a finished run of this shape; of PPO's the policy alone."""
-    record, place, like = _final(folder, model)
+def final_params(folder: Path, model: ModelConfig, step: int = 0) -> Params:
+    """Load the final parameters of a finished run of this shape; of PPO's the policy alone.
+
+    With `step` those of a checkpoint that the run kept on its way.
+    """
+    record, place, like = _final(folder, model, step)
     if record["kind"] == "reward":
         raise BadInput(f"{folder} is a reward model and says nothing; give a run that speaks")
     wanted = {**like, "value": _scored(model)} if record["kind"] == "ppo" else like
@@ -150,14 +158,19 @@ def final_scorer(folder: Path, model: ModelConfig) -> Params:
     return heads.normalised(restore_params(place, _scored(model)), mean, deviation)
 
 
-def _final(folder: Path, model: ModelConfig) -> tuple[dict[str, Any], Path, Params]:
+def _final(folder: Path, model: ModelConfig,
+           step: int = 0) -> tuple[dict[str, Any], Path, Params]:
     if (record := run.record(folder)) is None:
         raise BadInput(f"{folder} is no finished run; train it first")
     if record["status"] != "ok":
         raise BadInput(f"{folder} ended as {record['status']}; train another at a lower rate")
     if not (places := steps(Path(folder) / "checkpoints")):
         raise files.Damaged(f"{folder} {run.LOST}")
-    return record, places[-1], jax.eval_shape(functools.partial(init, model), jax.random.key(0))
+    place = at(Path(folder) / "checkpoints", step) if step else places[-1]
+    if not place.exists():
+        raise BadInput(f"{folder} holds checkpoints of steps {held(folder)}, not {step}; train it "
+                       f"with --keep {step}")
+    return record, place, jax.eval_shape(functools.partial(init, model), jax.random.key(0))
 
 
 def _scored(model: ModelConfig) -> Params:

@@ -11,8 +11,9 @@ VERBS = {
     "reward": "align.reward", "dpo": "align.dpo", "ppo": "align.ppo", "grpo": "align.grpo",
     "best-of-n": "align.best_of_n",
     "eval": "runs.evaluate", "sample": "talk.sample", "chat": "talk.chat", "bench": "care.bench",
-    "look": "see.look", "serve": "http.serve", "report": "care.report", "verify": "care.verify",
-    "replay": "again.replay", "adopt": "care.adopt", "slim": "care.slim",
+    "look": "see.look", "lens": "see.lens", "serve": "http.serve",
+    "report": "care.report", "verify": "care.verify", "replay": "again.replay",
+    "adopt": "care.adopt", "slim": "care.slim",
 }
 
 

@@ -1,5 +1,6 @@
 """What the verbs open without JAX: prepared text, the plan of a run, finished runs."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable
@@ -33,13 +34,18 @@ def prepared(folder: Path, corpus: tuple[str, ...], field: str, V: int,
         return prepare.prepare(folder, loaded, V, event)
 
 
-def plan_of(out: Path, rows: int, shape: Shape, devices: int = 0) -> machine.Plan:
+def plan_of(out: Path, rows: int, shape: Shape, devices: int = 0,
+            kept: tuple[int, ...] = ()) -> machine.Plan:
     if (bound := run.planned(out)) is not None:
         if devices not in (0, bound.devices):
             raise BadInput(f"{out} was begun on {bound.devices} devices, not {devices}; go on "
                            "without --devices or choose a new folder")
+        if kept not in ((), bound.kept):
+            raise BadInput(f"{out} was begun to keep checkpoints {bound.kept}, not {kept}; go on "
+                           "without --keep or choose a new folder")
         return bound
-    return machine.plan_for(rows, shape.T, shape.D, *machine.survey(), devices)
+    plan = machine.plan_for(rows, shape.T, shape.D, *machine.survey(), devices)
+    return dataclasses.replace(plan, kept=kept)
 
 
 def records(folder: Path) -> list[dict[str, Any]]:

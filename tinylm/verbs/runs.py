@@ -52,7 +52,7 @@ def tokenizer(out: Path, corpus: tuple[str, ...] = (), field: str = "text", V: i
 def train(out: Path, corpus: tuple[str, ...] = (), field: str = "text", text: Path | None = None,
           model: ModelConfig = ModelConfig(), optim: OptimConfig = OptimConfig(),  # noqa: B008
           steps: int = 1000, batch: int = 512, seed: int = 0, devices: int = 0,
-          forecast: Path | None = None, json: bool = False) -> None:
+          keep: tuple[int, ...] = (), forecast: Path | None = None, json: bool = False) -> None:
     """Pretrain one model and evaluate it; the same command again goes on or shows the result.
 
     Args:
@@ -66,11 +66,14 @@ def train(out: Path, corpus: tuple[str, ...] = (), field: str = "text", text: Pa
         batch: tokens a step
         seed: of the parameters and the order of the data
         devices: to split a batch over; 0 means all that divide it
+        keep: steps whose checkpoints stay, to look at afterwards
         forecast: a forecast file that this run tests
         json: print the record on the last line
     """
     pretrain.PretrainConfig(model, optim, steps, batch)  # refuse impossible shapes before reading
     pretrain.check_memory(model)
+    for step in keep:
+        require("keep", step, 1, steps)
     data, _ = folders.prepared(text or out / "text", corpus, field, model.V, reuse=text is not None)
     target = forecasts.read(forecast).target_flops if forecast else 0.0
     sha = files.sha256(forecast) if forecast else ""
@@ -78,7 +81,7 @@ def train(out: Path, corpus: tuple[str, ...] = (), field: str = "text", text: Pa
     if target and abs(config.flops / target - 1) > 0.01:
         raise BadInput(f"this run takes {config.flops:.4g} FLOPs and {forecast} is for "
                        f"{target:.4g}; choose the D and steps that `tinylm forecast` printed")
-    plan = folders.plan_of(out, config.rows, model.shape, devices)
+    plan = folders.plan_of(out, config.rows, model.shape, devices, keep)
     with progress.bar("train", steps) as event:
         record = pretrain.pretrain(out, config, data, plan, event)
     progress.answer(record, json, progress.result(record))

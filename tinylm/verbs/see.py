@@ -1,4 +1,4 @@
-"""The verb that looks inside a finished run: its tokens, predictions, heads and layers."""
+"""The verbs that look inside a finished run: its tokens, predictions, heads and layers."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,18 @@ from tyro.conf import Positional
 
 from tinylm import files
 from tinylm.config import BadInput, require
-from tinylm.look import depth, growth, heads, next_word, plots, terminal, tokens
+from tinylm.look import (
+    depth,
+    growth,
+    heads,
+    next_word,
+    page,
+    plots,
+    progress,
+    terminal,
+    tokens,
+    tuned,
+)
 from tinylm.look.page import shown
 from tinylm.model.baselines import NGram
 from tinylm.model.capture import capture
@@ -27,31 +38,71 @@ FREQUENT = 20  # most frequent ids listed
 def look(view: Positional[Literal["tokens", "next", "attention", "heads", "layers", "growth"]],
          target: Positional[Path], text: str = TEXT, beside: tuple[Path, ...] = (),
          layer: int = 0, head: int = 0, pair: tuple[int, ...] = (), k: int = 8,
-         prepared: Path | None = None, out: Path | None = None) -> None:
-    """Look inside: tokens, next words, attention, heads, layers, and what grows over a sweep.
+         at: int = 0, lens: Path | None = None, prepared: Path | None = None,
+         out: Path | None = None) -> None:
+    """Look inside: tokens, next words, attention, heads, layers, what comes with scale or training.
 
     Args:
         view: what to look at
-        target: folder of a run; for growth of a sweep or study
+        target: folder of a run; for growth of a sweep, a study or a run that kept checkpoints
         text: what is read
         beside: for next: further runs of the same text, such as a study's position weights
         layer: for attention, from 1; 0 with head 0: the head that looks back most sharply
         head: for attention, from 1
         pair: for attention: two token numbers from 0, the one reading and the one read
         k: for next and layers: likeliest tokens shown
+        at: step of a checkpoint that the run kept (tinylm train --keep); 0: the last
+        lens: for layers: the run's tuned lens (tinylm lens); none: the logit lens
         prepared: the prepared folder of the run, where it has moved
-        out: write a picture too: .svg or .png
+        out: write it too: .html, or its picture as .svg or .png
     """
     require("k", k, 1, 1000)
     draw = {"tokens": _tokens, "next": _next, "attention": _attention, "heads": _heads,
             "layers": _layers, "growth": _growth}[view]
-    if out and (out.suffix not in (".svg", ".png") or view in ("tokens", "next")):
-        raise BadInput(f"--out {out}: {view} cannot be written so; give .svg or .png to attention, "
-                       "heads, layers or growth")
+    if lens and view != "layers":
+        raise BadInput(f"--lens {lens} with {view}: a lens is for layers")
+    if at and view in ("tokens", "growth"):
+        raise BadInput(f"--at {at} with {view}: a checkpoint is for next, attention, heads, layers")
+    require("at", at, 0, 1e9)
+    if out and out.suffix != ".html" and (out.suffix not in (".svg", ".png")
+                                          or view in ("tokens", "next")):
+        raise BadInput(f"--out {out}: {view} cannot be written so; give .html, or .svg or .png to "
+                       "attention, heads, layers or growth")
+    terminal.out.record = out is not None and out.suffix == ".html"
     figure = draw(target, text, beside=beside, layer=layer, head=head, pair=pair, k=k,
-                  prepared=prepared)
+                  at=at, fitted=lens, prepared=prepared)
     if out:
-        _write(figure, out)
+        _write(figure, out, f"tinylm look {view} {target}")
+
+
+def lens(run: Positional[Path], out: Path, steps: int = 250, seed: int = 0,
+         prepared: Path | None = None) -> None:
+    """Fit the tuned lens of a run: what each depth knows, in the language of the last.
+
+    Args:
+        run: folder of a finished run
+        out: folder that it is written to
+        steps: of tuned.ROWS windows of training text
+        seed: of their order
+        prepared: the prepared folder of the run, where it has moved
+    """
+    config, data, _ = models.opened(run, prepared)
+    if config.kind != "transformer":
+        raise BadInput(f"{run} is a {config.kind} model and has no layers; give a transformer")
+    facts = {"kind": "tuned lens", "of": folders.finished(run)["id"], "steps": steps, "seed": seed}
+    if not out.exists():
+        with progress.bar("tuned lens", steps) as told:
+            found = tuned.fit(config, checkpoint.final_params(run, config), data, steps, seed,
+                              lambda step, nats: told(step, float(nats)))
+        tuned.save(out, found.maps, **facts, before=found.before.tolist(),
+                   after=found.after.tolist())
+    kept = files.verified(out)
+    if {k: kept.get(k) for k in facts} != facts:
+        raise BadInput(f"{out} holds something else than this lens ({facts}); give another --out")
+    for n, (before, after) in enumerate(zip(kept["before"], kept["after"], strict=True)):
+        terminal.show(f"after {n or 'the embedding'}: {before:.3f} nats from the whole model's "
+                      f"prediction by the logit lens, {after:.3f} by the tuned one (held-out text)")
+    terminal.show(f"tinylm look layers {run} --lens {out}")
 
 
 def _tokens(target, text, prepared, **_):
@@ -75,7 +126,7 @@ def _tokens(target, text, prepared, **_):
                     + " bytes a token" for split, parts in tokens.bytes_per_token(data).items()))
 
 
-def _next(target, text, beside, k, prepared, **_):
+def _next(target, text, beside, k, at, prepared, **_):
     config, data, learnt = models.opened(target, prepared)
     ids = np.concatenate([[BOS], learnt.encode(text)])
     found = {"bigram, by counts": next_word.counted(NGram.fit(data.train, 2, data.V), ids, k)}
@@ -86,12 +137,12 @@ def _next(target, text, beside, k, prepared, **_):
                            f"with {data.tokenizer_id}; name runs of one prepared text")
         name = config.kind if config.kind != "transformer" else f"transformer, D={config.D}"
         found[f"{name} ({folder})"] = next_word.predicted(
-            config, checkpoint.final_params(folder, config), ids, k)
+            config, checkpoint.final_params(folder, config, at if folder == target else 0), ids, k)
     terminal.show(f"after “{shown(text)}”:", terminal.next_words(found, learnt))
 
 
-def _attention(target, text, layer, head, pair, prepared, **_):
-    config, inside, words, _ = _captured(target, text, prepared)
+def _attention(target, text, layer, head, pair, at, prepared, **_):
+    config, _, inside, words, _ = _captured(target, text, at, prepared)
     require("layer", layer, 0, config.L)
     require("head", head, 0, config.H)
     if (layer == 0) != (head == 0):
@@ -113,17 +164,17 @@ def _attention(target, text, layer, head, pair, prepared, **_):
     return plots.attention(weights, words, f"layer {l + 1}, head {h + 1}")
 
 
-def _heads(target, text, prepared, **_):
+def _heads(target, text, at, prepared, **_):
     config, _, _ = models.opened(target, prepared)
-    found = heads.habits(config, checkpoint.final_params(target, config))
+    found = heads.habits(config, checkpoint.final_params(target, config, at))
     terminal.show(terminal.habits(found))
     return plots.habits(found)
 
 
-def _layers(target, text, k, prepared, **_):
-    config, inside, words, learnt = _captured(target, text, prepared)
-    params = checkpoint.final_params(target, config)
-    found = depth.depth(config, params, inside, k)
+def _layers(target, text, k, at, fitted, prepared, **_):
+    config, params, inside, words, learnt = _captured(target, text, at, prepared)
+    maps = tuned.load(fitted, folders.finished(target)["id"]) if fitted else None
+    found = depth.depth(config, params, inside, k, maps)
     terminal.show(terminal.depths(found, words, learnt))
     for n, (ids, p) in enumerate(zip(found.ids[:, -1], found.p[:, -1], strict=True)):
         terminal.show(f"at the last token, after {n or 'the embedding'}: " + ", ".join(
@@ -132,7 +183,12 @@ def _layers(target, text, k, prepared, **_):
                                        for row in found.ids[:, :, 0]])
 
 
-def _growth(target, text, **_):
+def _growth(target, text, prepared, **_):
+    if (target / "record.json").exists() and len(checkpoint.held(target)) > 1:
+        config, data, _ = models.opened(target, prepared)
+        rows = growth.history(config, target, folders.finished(target), data)
+        terminal.show(terminal.growth(rows))
+        return plots.growth(rows)
     inside = target / "sweep" if (target / "sweep").is_dir() else target
     places = {files.read_json(p)["id"]: p.parent for p in inside.rglob("record.json")}
     rows = growth.ladder({places[r["id"]]: r for r in folders.records(target)})
@@ -147,11 +203,12 @@ def _growth(target, text, **_):
     return plots.growth(rows)
 
 
-def _captured(target, text, prepared):
+def _captured(target, text, at, prepared):
     config, _, learnt = models.opened(target, prepared)
     ids = np.concatenate([[BOS], learnt.encode(text)])
-    inside = capture(config, checkpoint.final_params(target, config), ids)
-    return config, inside, [terminal.name_of(learnt, i) for i in ids], learnt
+    params = checkpoint.final_params(target, config, at)
+    words = [terminal.name_of(learnt, i) for i in ids]
+    return config, params, capture(config, params, ids), words, learnt
 
 
 def _prepared(target, prepared):
@@ -162,8 +219,13 @@ def _prepared(target, prepared):
     return learnt, data
 
 
-def _write(figure, out: Path) -> None:
-    if out.suffix == ".png":
+def _write(figure, out: Path, title: str) -> None:
+    if out.suffix == ".html":
+        said = terminal.out.export_html(inline_styles=True, code_format="{code}")
+        drawn = page.figure(plots.svg(figure), title) if figure else ""
+        body = f'<div class="wide"><pre>{said}</pre></div>{drawn}'
+        files.write_text(out, page.whole(title, body))
+    elif out.suffix == ".png":
         files.write_bytes(out, plots.png(figure))
     else:
         files.write_text(out, plots.standalone(figure))
