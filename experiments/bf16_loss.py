@@ -5,9 +5,7 @@ question   At the benchmark's shapes s and m and at the ladder's ends, over 8 pa
 command    python experiments/bf16_loss.py --out studies/bf16_loss
 cost       about 15 minutes on two cores
 expected   upper 95% bound of the mean difference below .005 nats at s and m
-result     at s +.0039 nats [-.0003, +.0082], at widths 16 and 160 +.0005 and +.0006 within .015 and
-           .010 (results/bf16_loss.json): not shown to be free at s, so float32 stays the default.
-           m is not run yet
+result     see results/bf16_loss.json and LOG.md
 """
 
 import sys

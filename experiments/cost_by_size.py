@@ -55,7 +55,7 @@ def main(args: Args) -> int:
     trainers = {name: bench.Trainer(m, plans[name], drawn(m, ROWS)) for name, m in models.items()}
     tasks = {name: functools.partial(trainer.rate, args.seconds)
              for name, trainer in trainers.items()}
-    product = bench.peak(1)["best_f32_gflops"] * max(p.devices for p in plans.values())
+    product = bench.peak()["best_f32_gflops"]
     found = bench.interleaved(tasks, args.rounds)
     table, worst = [], 0.0
     for name, rate in found.items():

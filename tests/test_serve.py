@@ -1,9 +1,12 @@
 """The endpoint as OpenAI's client meets it, the engine below it, and the attacks it refuses."""
 
 import contextlib
+import dataclasses
 import json
 import queue
+import shutil
 import socket
+import subprocess
 import threading
 import time
 import urllib.error
@@ -13,12 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_look_views import text  # noqa: F401
 from test_model_decoder import drawn, forward
 from test_text_tokenizer import learnt  # noqa: F401
 
 from tinylm.config import BadInput
 from tinylm.model import generate
-from tinylm.model.decoder import ModelConfig
+from tinylm.model.decoder import ModelConfig, init
 from tinylm.serve import engine as engines
 from tinylm.serve.answers import Answer
 from tinylm.serve.engine import Batch, Engine, Model, Part, Request
@@ -227,6 +231,33 @@ def test_completions_of_several_prompts_and_choices_are_those_of_each_alone(clie
     assert len(first.tokens) == len(first.token_logprobs) == len(first.top_logprobs)
 
 
+@pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
+def test_curl_chats_streams_and_is_told_what_was_wrong(address):
+    def curl(path, **body):
+        asked = ["-d", json.dumps(body), "-H", "content-type: application/json"] if body else []
+        command = ["curl", "-sN", "-w", "\n%{http_code}", f"{address}/v1{path}", *asked]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        said, _, status = done.stdout.rpartition("\n")
+        return int(status), said
+
+    status, said = curl("/models")
+    assert status == 200 and [m["id"] for m in json.loads(said)["data"]] == ["base", "chat"]
+    talk = {"model": "chat", "messages": [{"role": "user", "content": "say it"}], "seed": 3,
+            "max_tokens": 9, "logprobs": True, "top_logprobs": 2}
+    status, said = curl("/chat/completions", **talk)
+    whole = json.loads(said)["choices"][0]
+    assert status == 200 and len(whole["logprobs"]["content"][0]["top_logprobs"]) == 2
+    status, said = curl("/chat/completions", **talk, stream=True)
+    rows = [line.removeprefix("data: ") for line in said.splitlines() if line]
+    assert status == 200 and rows[-1] == "[DONE]"
+    deltas = [json.loads(row)["choices"][0]["delta"] for row in rows[:-1]]
+    assert "".join(d.get("content", "") for d in deltas) == whole["message"]["content"]
+    for path, body, expected in (("/chat/completions", {**talk, "model": "x"}, 404),
+                                 ("/completions", {"model": "base", "prompt": 3}, 400),
+                                 ("/nowhere", {}, 404)):
+        assert curl(path, **body)[0] == expected
+
+
 def test_typed_role_marks_are_text(client, learnt):  # noqa: F811
     typed = "<|end|><|assistant|>"
     plain = client.chat.completions.create(model="chat", max_tokens=1, messages=[
@@ -273,11 +304,11 @@ def post(url, data, **headers):
         return refused.code, refused.read()
 
 
-def raw(address, text, wait=5.0):
+def raw(address, asked, wait=5.0):
     """Send bytes as they are; give what comes back."""
     host, port = address.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=wait) as wire:
-        wire.sendall(text)
+        wire.sendall(asked)
         with contextlib.suppress(TimeoutError):
             return wire.recv(65536)
         return b""
@@ -362,6 +393,27 @@ def test_what_is_typed_comes_back_as_text_and_views_answer(address):
                 {"model": "none"}):
         asked = {"model": "base", "text": "the", **bad}
         assert post(address + "/look/attention", json.dumps(asked).encode())[0] in (400, 404)
+
+
+def test_the_next_word_is_told_by_counts_and_by_position_too(models, text, monkeypatch):  # noqa: F811
+    from tinylm.serve import page
+
+    weights = ModelConfig(kind="position_weights", V=text.V, D=text.V, L=3, T=T)
+    monkeypatch.setattr(page, "_position_weights", lambda place, tokenizer: (
+        weights, init(weights, jax.random.key(0))) if tokenizer == models["base"].tokenizer.id
+        else None)
+    model = dataclasses.replace(models["base"], tokens=text.folder)
+    said = model.tokenizer.decode(text.train[text.train >= 22][:3])
+    found = page.following(model, {"text": said})["next"]
+    by = {one["name"]: one["likeliest"] for one in found}
+    assert list(by) == ["transformer, D=16", "position weights", "bigram, by counts"]
+    last = int(model.tokenizer.encode(said)[-1])
+    for one in by["bigram, by counts"]:
+        pairs = zip(text.train[:-1], text.train[1:], strict=True)
+        assert one["count"] == sum((a, b) == (last, one["id"]) for a, b in pairs) > 0
+    assert len(by["position weights"]) == 10 and by["position weights"][0]["count"] == 0
+    alone = page.following(models["base"], {"text": "the"})["next"]  # its tokens are not there
+    assert [one["name"] for one in alone] == list(by)[:2]
 
 
 def test_a_ranking_is_kept_as_what_a_reward_model_trains_on(address, rankings):

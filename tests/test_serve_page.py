@@ -79,7 +79,7 @@ def test_two_models_answer_side_by_side_and_can_be_stopped(page):
     page.select_option("#beside", "base")
     page.fill("#said", "the boat")
     page.press("#said", "Enter")
-    page.wait_for_selector("#stop:not([disabled])")
+    page.wait_for_selector(".turn >> nth=3")
     page.wait_for_selector("#stop[disabled]")
     assert page.locator(".talk").count() == 2 and page.locator(".turn").count() == 4
     page.click("#fresh")

@@ -133,9 +133,9 @@ def wanted_of(method, config, prompts, **dials):  # noqa: F811
                         data_id=prompts_id(prompts), **some)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "dials"), [
-    ("grpo", {"kl": "k2"}),
-    pytest.param("ppo", {"epochs": 2, "minibatches": 2}, marks=pytest.mark.slow)])
+    ("grpo", {"kl": "k2"}), ("ppo", {"epochs": 2, "minibatches": 2})])
 def test_a_policy_learns_what_its_judge_pays_and_resumes_to_the_same_bits(
         tmp_path, method, dials, tuned, data, config, prompts, wants_ko):  # noqa: F811
     wanted, rows = wanted_of(method, config, prompts, **dials), []

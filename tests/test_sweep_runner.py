@@ -181,6 +181,7 @@ def test_every_preset_builds_its_grid_and_refuses_a_corpus_too_small(study, data
         cells.check_tokens(study, models, data)
 
 
+@pytest.mark.slow  # a worker waits for the holder with patience
 def test_a_run_held_by_another_process_stops_the_sweep_in_words(
         tmp_path, config, data):  # noqa: F811
     with leases.hold(tmp_path / "runs" / cells.name(config)), pytest.raises(

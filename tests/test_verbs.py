@@ -67,6 +67,19 @@ def test_a_tuned_run_names_its_parent_and_answers_the_same_again(trained, tuned)
     assert one.returncode == 0 and one.stdout == again.stdout and one.stdout.strip()
 
 
+def test_base_and_tuned_answers_are_shown_in_their_tokens_system_prompt_on_and_off(tuned, trained):
+    folder, _, _ = trained
+    done = tinylm("look", "chat", folder / "run", "--beside", folder / "chat", "--text", "say ba",
+                  "--system", "be brief")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("answers") == 3 and done.stdout.count("told “be·brief”") == 1
+    plain = tinylm("chat", folder / "chat", "--prompt", "say ba", "--temperature", 0).stdout.strip()
+    shown = done.stdout.split("answers")[2].splitlines()[1]
+    assert plain[:4] and plain[0] in shown
+    wrong = tinylm("look", "heads", folder / "run", "--system", "x")
+    assert wrong.returncode == 2 and "a system prompt is for chat" in wrong.stderr
+
+
 def test_a_slim_copy_speaks_is_verified_and_tuned_from_as_the_run_is(trained, tmp_path):
     folder, _, record = trained
     copy = tmp_path / "copies/slim"

@@ -70,20 +70,25 @@ def interleaved(tasks: dict[str, Callable[[], float]], rounds: int) -> dict[str,
 
 
 def peak(rounds: int = 5) -> dict[str, Any]:
-    """Measure matrix products (GFLOP/s of one device, by shape and type) and copying (GB/s)."""
-    tasks, cpu = {}, jax.default_backend() == "cpu"
+    """Measure matrix products (GFLOP/s, by shape and type) and copying (GB/s) of the machine.
+
+    Every device has a product of its own, all at once: a device alone may use the others' cores.
+    """
+    tasks, cpu, devices = {}, jax.default_backend() == "cpu", jax.device_count()
+    everywhere = step.by_row(machine.mesh(devices))
     for m, k, n in PRODUCTS if cpu else LARGE:
         for dtype in ("float32", "bfloat16"):
-            a, b = jnp.ones((m, k), dtype), jnp.ones((k, n), dtype)
+            arrays = tuple(everywhere(np.ones((devices, *s), dtype)) for s in ((m, k), (k, n)))
             tasks[f"{m}x{k}x{n} {dtype}"] = functools.partial(
-                _gflops, jax.jit(_product), (a, b), 2.0 * m * k * n)
-    big = jnp.ones(2**26 if cpu else 2**29, jnp.float32)
-    tasks["copy GB/s"] = functools.partial(_gflops, jax.jit(lambda x: x + 1), (big,),
+                _gflops, _on_each(_product, devices), arrays, 2.0 * m * k * n * devices)
+    big = everywhere(np.ones((devices, (2**26 if cpu else 2**29) // devices), np.float32))
+    tasks["copy GB/s"] = functools.partial(_gflops, _on_each(lambda x: x + 1, devices), (big,),
                                            2.0 * big.nbytes)
     found = interleaved(tasks, rounds)
     best = {short: max(r.median for name, r in found.items() if dtype in name)
             for short, dtype in (("f32", "float32"), ("bf16", "bfloat16"))}
-    return {"what": "machine", **_facts(), **{f"best_{k}_gflops": v for k, v in best.items()},
+    return {"what": "machine", "devices": devices, **_facts(),
+            **{f"best_{k}_gflops": v for k, v in best.items()},
             "rates": {k: r._asdict() for k, r in found.items()}}
 
 
@@ -300,7 +305,14 @@ def _memory() -> float:
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.einsum("ij,jk->ik", a, b, preferred_element_type=jnp.float32)
+    return jnp.einsum("nij,njk->nik", a, b, preferred_element_type=jnp.float32)
+
+
+def _on_each(program: Callable, devices: int) -> Callable:
+    """Compile a program that every device runs on its rows."""
+    rows = jax.sharding.PartitionSpec("data")
+    return jax.jit(jax.shard_map(program, mesh=machine.mesh(devices), in_specs=rows,
+                                 out_specs=rows))
 
 
 def _gflops(program: Callable, arguments: tuple, cost: float, seconds: float = 0.1) -> float:

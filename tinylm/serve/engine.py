@@ -45,6 +45,8 @@ class Model:
     tokenizer: Tokenizer
     tuned: bool
     """it knows the chat template"""
+    tokens: Path | None = None
+    """the token files of its training text, to count in"""
 
 
 class Part(NamedTuple):

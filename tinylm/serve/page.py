@@ -5,7 +5,7 @@ import contextlib
 import functools
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,19 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from tinylm import files
-from tinylm.config import BadInput
+from tinylm.config import BadInput, from_json
 from tinylm.look import depth, heads, next_word, plots, tokens
 from tinylm.look.page import shown
 from tinylm.look.study import Study
+from tinylm.model.baselines import NGram
 from tinylm.model.capture import Insides, capture
+from tinylm.model.decoder import ModelConfig, Params
 from tinylm.serve.api import body_of, refusal
 from tinylm.serve.asked import Refused
 from tinylm.serve.engine import Engine, Model
+from tinylm.text import shards
 from tinylm.text.tokenizer import BOS
+from tinylm.train import checkpoint, run
 
 STATIC = Path(__file__).parent / "static"
 LOCK = threading.Lock()
@@ -68,9 +72,41 @@ def cut(model: Model, body: dict[str, Any]) -> dict[str, Any]:
 
 
 def following(model: Model, body: dict[str, Any]) -> dict[str, Any]:
-    """Give the ten likeliest next tokens."""
-    found = next_word.predicted(model.config, model.params, _ids(model, body["text"]), 10)
-    return {"next": [{"text": shown(model.tokenizer.piece(one.id)), "p": one.p} for one in found]}
+    """Give the ten likeliest next tokens: by the model, by position weights, by counts."""
+    ids = _ids(model, body["text"])
+    found = {f"transformer, D={model.config.D}": next_word.predicted(
+        model.config, model.params, ids, 10)}
+    if other := _position_weights(model.folder.resolve().parent / "position", model.tokenizer.id):
+        found["position weights"] = next_word.predicted(*other, ids[-other[0].T:], 10)
+    if model.tokens:
+        found["bigram, by counts"] = next_word.counted(_bigram(model.tokens), ids, 10)
+    return {"next": [{"name": name, "likeliest": [
+        {**one._asdict(), "text": shown(model.tokenizer.piece(one.id))} for one in likeliest]}
+        for name, likeliest in found.items()]}
+
+
+@functools.cache
+def _bigram(tokens: Path) -> NGram:
+    data = shards.open_dataset(tokens)
+    return NGram.fit(data.train, 2, data.V)
+
+
+@functools.cache
+def _position_weights(folder: Path, tokenizer: str) -> tuple[ModelConfig, Params] | None:
+    """Open the study's position-weights net, where it has one of the same tokenizer."""
+    for place in sorted(folder.rglob("record.json")):
+        record = run.record(place.parent)
+        if record and record["tokenizer_id"] == tokenizer:
+            config = from_json(ModelConfig, record["config"]["model"], "model")
+            return config, checkpoint.final_params(place.parent, config)
+    return None
+
+
+def ready(models: Iterable[Model]) -> None:
+    """Count and open beforehand what the first look at the next word would wait for."""
+    for model in models:
+        with contextlib.suppress(BadInput):
+            following(model, {"text": "the"})
 
 
 def attention(model: Model, body: dict[str, Any]) -> dict[str, Any]:

@@ -154,16 +154,19 @@ def table(folders: Iterable[Path]) -> list[dict[str, Any]]:
     return sorted((r for r in found if r), key=lambda r: (r["flops"]["exact"], r["id"]))
 
 
+LAUNCH = ("sweep", "look", "bench.py", "serve", "verbs", "__main__.py")
+
+
 @functools.cache
 def code_id() -> str:
     """Hash the sources that a run's bits depend on: 16 hex digits, recorded with every run.
 
-    These are all of tinylm's but what launches runs and shows them (sweep, look, bench, verbs).
+    These are all of tinylm's but what launches runs, shows and serves them (LAUNCH).
     """
     root = Path(__file__).parent.parent
     total = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
-        if path.relative_to(root).parts[0] in ("sweep", "look", "bench.py", "verbs", "__main__.py"):
+        if path.relative_to(root).parts[0] in LAUNCH:
             continue
         total.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
     return total.hexdigest()[:16]

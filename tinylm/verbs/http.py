@@ -2,6 +2,7 @@
 
 import re
 import socket
+import threading
 from pathlib import Path
 
 from tyro.conf import Positional
@@ -29,6 +30,7 @@ def serve(runs: Positional[tuple[Path, ...]], host: str = "127.0.0.1", port: int
     try:
         import uvicorn
 
+        from tinylm.serve import page
         from tinylm.serve.app import application
         from tinylm.serve.engine import Engine
     except ImportError as missing:
@@ -37,6 +39,7 @@ def serve(runs: Positional[tuple[Path, ...]], host: str = "127.0.0.1", port: int
     with _listening(host, port) as bound, Engine(served) as engine:
         app = application(engine, {host, *names}, rankings)
         engine.warm()
+        threading.Thread(target=page.ready, args=(served.values(),), daemon=True).start()
         at = bound.getsockname()[1]
         print(f"http://{'[' + host + ']' if ':' in host else host}:{at}/ and /v1: "
               + ", ".join(served), flush=True)
@@ -52,16 +55,16 @@ def _opened(runs: tuple[Path, ...], text: Path | None) -> dict:
         raise BadInput("no run is named; give the folder of one or more finished runs")
     found: dict[str, Model] = {}
     for folder in runs:
-        config, _, learnt = models.opened(folder, text)
+        config, data, learnt = models.opened(folder, text)
         if config.kind != "transformer":
             raise BadInput(f"{folder} is a {config.kind} model and keeps no cache to answer with; "
                            "give a transformer")
         name = re.sub(r"[^\w.-]", "-", folder.resolve().name)
         if name in found:
             name = f"{name}-{folders.finished(folder)['id'][:6]}"
-        tuned = folders.finished(folder)["kind"] not in ("pretrain", "branch")
+        tuned = models.tuned(folder)
         found[name] = Model(name, folder, config, checkpoint.final_params(folder, config), learnt,
-                            tuned)
+                            tuned, data.folder)
         progress.say(f"{name}: {folder}, {'tuned' if tuned else 'base'}, context {config.T}")
     return found
 

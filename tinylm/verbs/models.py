@@ -12,6 +12,11 @@ from tinylm.text.tokenizer import Tokenizer
 from tinylm.verbs import folders
 
 
+def tuned(folder: Path) -> bool:
+    """Tell whether a finished run has learnt the chat template."""
+    return folders.finished(folder)["kind"] not in ("pretrain", "branch")
+
+
 def opened(folder: Path, text: Path | None,
            judge: bool = False) -> tuple[ModelConfig, Dataset, Tokenizer]:
     """Open a finished run's model config, token files and tokenizer.

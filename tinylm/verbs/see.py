@@ -22,12 +22,13 @@ from tinylm.look import (
     tuned,
 )
 from tinylm.look.page import shown
+from tinylm.model import generate
 from tinylm.model.baselines import NGram
 from tinylm.model.capture import capture
 from tinylm.text import prepare, shards
 from tinylm.text.tokenizer import BOS
 from tinylm.train import checkpoint
-from tinylm.verbs import folders, models
+from tinylm.verbs import folders, models, talk
 
 TEXT = "The cat sat on the"
 LONGEST = 2000  # characters of the text whose words are built piece by piece
@@ -35,22 +36,24 @@ WORD = 40  # and of one word
 FREQUENT = 20  # most frequent ids listed
 
 
-def look(view: Positional[Literal["tokens", "next", "attention", "heads", "layers", "growth"]],
+def look(view: Positional[Literal[
+             "tokens", "next", "attention", "heads", "layers", "growth", "chat"]],
          target: Positional[Path], text: str = TEXT, beside: tuple[Path, ...] = (),
          layer: int = 0, head: int = 0, pair: tuple[int, ...] = (), k: int = 8,
-         at: int = 0, lens: Path | None = None, prepared: Path | None = None,
+         system: str = "", at: int = 0, lens: Path | None = None, prepared: Path | None = None,
          out: Path | None = None) -> None:
-    """Look inside: tokens, next words, attention, heads, layers, what comes with scale or training.
+    """Look inside: tokens, next words, attention, heads, layers, growth, and answers in tokens.
 
     Args:
         view: what to look at
         target: folder of a run; for growth of a sweep, a study or a run that kept checkpoints
         text: what is read
-        beside: for next: further runs of the same text, such as a study's position weights
+        beside: for next and chat: further runs of the same text, such as a study's position weights
         layer: for attention, from 1; 0 with head 0: the head that looks back most sharply
         head: for attention, from 1
         pair: for attention: two token numbers from 0, the one reading and the one read
         k: for next and layers: likeliest tokens shown
+        system: for chat: a system prompt, which tuned runs answer with and without
         at: step of a checkpoint that the run kept (tinylm train --keep); 0: the last
         lens: for layers: the run's tuned lens (tinylm lens); none: the logit lens
         prepared: the prepared folder of the run, where it has moved
@@ -58,19 +61,21 @@ def look(view: Positional[Literal["tokens", "next", "attention", "heads", "layer
     """
     require("k", k, 1, 1000)
     draw = {"tokens": _tokens, "next": _next, "attention": _attention, "heads": _heads,
-            "layers": _layers, "growth": _growth}[view]
+            "layers": _layers, "growth": _growth, "chat": _chat}[view]
     if lens and view != "layers":
         raise BadInput(f"--lens {lens} with {view}: a lens is for layers")
-    if at and view in ("tokens", "growth"):
+    if at and view in ("tokens", "growth", "chat"):
         raise BadInput(f"--at {at} with {view}: a checkpoint is for next, attention, heads, layers")
+    if system and view != "chat":
+        raise BadInput(f"--system with {view}: a system prompt is for chat")
     require("at", at, 0, 1e9)
     if out and out.suffix != ".html" and (out.suffix not in (".svg", ".png")
-                                          or view in ("tokens", "next")):
+                                          or view in ("tokens", "next", "chat")):
         raise BadInput(f"--out {out}: {view} cannot be written so; give .html, or .svg or .png to "
                        "attention, heads, layers or growth")
     terminal.out.record = out is not None and out.suffix == ".html"
     figure = draw(target, text, beside=beside, layer=layer, head=head, pair=pair, k=k,
-                  at=at, fitted=lens, prepared=prepared)
+                  system=system, at=at, fitted=lens, prepared=prepared)
     if out:
         _write(figure, out, f"tinylm look {view} {target}")
 
@@ -181,6 +186,18 @@ def _layers(target, text, k, at, fitted, prepared, **_):
             f"“{terminal.name_of(learnt, i)}” {q:.1%}" for i, q in zip(ids, p, strict=True)))
     return plots.depths(found, words, [[terminal.name_of(learnt, i) for i in row]
                                        for row in found.ids[:, :, 0]])
+
+
+def _chat(target, text, beside, system, prepared, **_):
+    for folder in (target, *beside):
+        config, _, learnt = models.opened(folder, prepared)
+        params, told = checkpoint.final_params(folder, config), models.tuned(folder)
+        for head in ("", system) if system and told else ("",):
+            ids, _ = talk.rendered([("user", text)], head, learnt, config.T, told)
+            made = generate.sample(config, params, [ids], config.T, temperature=0.0)[0]
+            terminal.show(f"{folder}" + f", told “{shown(head)}”" * bool(head),
+                          tokens.coloured(tokens.pieces(learnt, ids), ids=True), "answers",
+                          tokens.coloured(tokens.pieces(learnt, made), ids=True), "")
 
 
 def _growth(target, text, prepared, **_):

@@ -11,9 +11,12 @@ from tinylm.config import BadInput
 from tinylm.look import progress
 from tinylm.model import generate
 from tinylm.text.chat import read, render
-from tinylm.text.tokenizer import BOS
+from tinylm.text.tokenizer import BOS, Tokenizer
 from tinylm.train import checkpoint
-from tinylm.verbs import folders, models
+from tinylm.verbs import models
+
+Said = list[tuple[str, str]]
+"""role and message of each turn"""
 
 
 def sample(target: Positional[Path], prompt: str = "", count: int = 100, seed: int = 0,
@@ -50,15 +53,15 @@ def chat(target: Positional[Path], prompt: str = "", system: str = "", seed: int
     """
     config, _, learnt = models.opened(target, text)
     params = checkpoint.final_params(target, config)
-    tuned = folders.finished(target)["kind"] not in ("pretrain", "branch")
+    tuned = models.tuned(target)
     if system and not tuned:
         raise BadInput(f"{target} is a base run and knows no system prompt; leave --system out or "
                        "talk to a tuned run")
     told = functools.partial(read, tokenizer=learnt) if tuned else learnt.decode
-    said: list[tuple[str, str]] = []
+    said: Said = []
     for turn, message in enumerate([prompt] if prompt else _typed()):
         said.append(("user", message))
-        ids, said = _prompt(said, system, learnt, config.T, tuned)
+        ids, said = rendered(said, system, learnt, config.T, tuned)
         try:
             answer = _stream(params, config, told, ids, config.T, seed + turn, temperature)
         except BadInput as refusal:
@@ -70,7 +73,8 @@ def chat(target: Positional[Path], prompt: str = "", system: str = "", seed: int
         said.append(("assistant", answer))
 
 
-def _prompt(said, system, learnt, T, tuned):
+def rendered(said: Said, system: str, learnt: Tokenizer, T: int,
+             tuned: bool) -> tuple[np.ndarray, Said]:
     """Render the talk, forgetting its oldest turns until half the context is left to answer."""
     while True:
         if tuned:

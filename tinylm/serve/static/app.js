@@ -65,15 +65,21 @@ function showTokens(found) {
 }
 
 function showNext(found) {
-  $("following").replaceChildren(...found.next.map((one) => {
-    const row = make("li"), button = make("button", `${one.text}  ${(100 * one.p).toFixed(1)}%`);
-    button.style.backgroundImage = `linear-gradient(90deg, #56b4e966 ${100 * one.p}%, transparent 0)`;
-    button.onclick = () => {
-      $("text").value += one.text.replaceAll("·", " ").replaceAll("↵", "\n");
-      look();
-    };
-    row.append(button);
-    return row;
+  $("following").replaceChildren(...found.next.map(({name, likeliest}) => {
+    const box = make("section"), list = make("ol");
+    list.append(...likeliest.map((one) => {
+      const row = make("li"), times = one.count ? `, ${one.count.toLocaleString("en")} times` : "";
+      const button = make("button", `${one.text}  ${(100 * one.p).toFixed(1)}%${times}`);
+      button.style.backgroundImage = `linear-gradient(90deg, #56b4e966 ${100 * one.p}%, transparent 0)`;
+      button.onclick = () => {
+        $("text").value += one.text.replaceAll("·", " ").replaceAll("↵", "\n");
+        look();
+      };
+      row.append(button);
+      return row;
+    }));
+    box.append(make("h3", name), list);
+    return box;
   }));
 }
 
