@@ -158,6 +158,8 @@ def test_a_tuned_lens_is_fitted_once_read_by_look_and_only_with_its_own_run(trai
     assert tinylm(*look).returncode == 0
     other = tinylm("lens", folder / "run", "--out", tmp_path / "lens", "--steps", 4)
     assert other.returncode == 2 and "holds something else" in other.stderr
+    taken = tinylm("lens", folder / "run", "--out", folder / "run")
+    assert taken.returncode == 2 and "holds no tuned lens" in taken.stderr
     facts = files.verified(tmp_path / "lens")
     assert facts["of"] == record["id"]
     with pytest.raises(BadInput, match="no tuned lens of run x"):

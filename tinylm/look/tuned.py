@@ -101,10 +101,17 @@ def save(folder: Path, maps: Maps, **facts: Any) -> None:
         files.write_bytes(place / "maps.npz", data.getvalue())
 
 
+def facts(folder: Path) -> dict[str, Any]:
+    """Read what is known of a lens, checked by its manifest; BadInput where there is none."""
+    if not (folder / files.MANIFEST).exists():
+        raise BadInput(f"{folder} holds no tuned lens; tinylm lens makes one in a new folder")
+    return files.verified(folder)
+
+
 def load(folder: Path, of: str) -> Maps:
-    """Read the maps that were fitted to the run whose id is `of`, checked by their manifest."""
-    facts = files.verified(folder)
-    if facts.get("kind") != "tuned lens" or facts.get("of") != of:
+    """Read the maps that were fitted to the run whose id is `of`."""
+    known = facts(folder)
+    if known.get("kind") != "tuned lens" or known.get("of") != of:
         raise BadInput(f"{folder} is no tuned lens of run {of}; make one with tinylm lens")
-    with np.load(folder / "maps.npz", allow_pickle=False) as kept:
-        return Maps(*(jnp.asarray(kept[name]) for name in Maps._fields))
+    with np.load(folder / "maps.npz", allow_pickle=False) as stored:
+        return Maps(*(jnp.asarray(stored[name]) for name in Maps._fields))

@@ -101,7 +101,7 @@ def lens(run: Positional[Path], out: Path, steps: int = 250, seed: int = 0,
                               lambda step, nats: told(step, float(nats)))
         tuned.save(out, found.maps, **facts, before=found.before.tolist(),
                    after=found.after.tolist())
-    kept = files.verified(out)
+    kept = tuned.facts(out)
     if {k: kept.get(k) for k in facts} != facts:
         raise BadInput(f"{out} holds something else than this lens ({facts}); give another --out")
     for n, (before, after) in enumerate(zip(kept["before"], kept["after"], strict=True)):
