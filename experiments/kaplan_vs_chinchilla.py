@@ -7,8 +7,8 @@ command    python experiments/kaplan_vs_chinchilla.py --out studies/kaplan
 cost       about 12 minutes on two cores
 expected   counting blocks alone, 6ND: +.1; a fixed long warmup: +.05 or more; one rate for all
            sizes: unknown sign; all three together above .65, none of them .54
-result     .535 (.012) tuned and counted with the head; counting +.107, a fixed warmup +.023, one rate
-           -.094, all together .648 (.008) (results/kaplan_vs_chinchilla.*)
+result     .535 (.012) tuned and counted with the head; counting +.107, a fixed warmup +.023, one
+           rate -.094, all together .648 (.008) (results/kaplan_vs_chinchilla.*)
 """
 
 import sys
