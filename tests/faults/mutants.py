@@ -8,6 +8,7 @@ fails. A mutant that none sees is named, and the exit code is 1 where more than 
 
 import csv
 import io
+import os
 import shutil
 import subprocess
 import sys
@@ -96,10 +97,11 @@ def tried(name: str, old: str, new: str) -> str:
         source.write_text(text.replace(old, new))
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider",
-             *(f"tests/{test}" for test in SUITE)], cwd=copy, capture_output=True, text=True)
-        assert done.returncode in (0, 1), done.stdout + done.stderr
+             *(f"tests/{test}" for test in SUITE)], cwd=copy, capture_output=True, text=True,
+            env={**os.environ, "PYTHONPATH": str(copy)})
         lines = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-        return lines[0].split()[1].removeprefix("tests/") if done.returncode else ""
+        assert bool(lines) == bool(done.returncode), done.stdout + done.stderr
+        return lines[0].split()[1].removeprefix("tests/") if lines else ""
 
 
 if __name__ == "__main__":
