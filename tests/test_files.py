@@ -114,3 +114,45 @@ def test_a_log_cut_back_forgets_what_followed_its_checkpoint(tmp_path):
     assert files.read_lines(log) == [{"step": 1}]
     with pytest.raises(files.Damaged, match="shorter"):
         files.truncate(log, 1000)
+
+
+def test_what_is_written_is_on_the_disk_before_it_is_said_to_be(tmp_path, monkeypatch):
+    done, sync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: (
+        done.append(os.fstat(handle).st_ino), sync(handle)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (done.append("renamed"), replace(a, b)))
+    files.write_text(tmp_path / "whole", "text")
+    assert done == [(tmp_path / "whole").stat().st_ino, "renamed", tmp_path.stat().st_ino]
+    for write in (lambda p: files.append_lines(p, ["a line"]),
+                  lambda p: files.append_row(p, {"a": 1}), lambda p: files.truncate(p, 0)):
+        done.clear()
+        write(tmp_path / "log")
+        assert done == [(tmp_path / "log").stat().st_ino]
+    done.clear()
+    with files.staged(tmp_path / "folder") as draft:
+        (draft / "part").write_text("text")
+    part, manifest = ((tmp_path / "folder" / n).stat().st_ino for n in ("part", files.MANIFEST))
+    assert done.index(part) < done.index(manifest) < len(done) - 1 - done[::-1].index("renamed")
+    assert done[-1] == tmp_path.stat().st_ino
+
+
+def test_a_row_torn_off_by_a_kill_is_cut_by_the_next_writer(tmp_path):
+    log = tmp_path / "log"
+    files.append_row(log, {"a": 1})
+    log.write_bytes(log.read_bytes() + b'{"a": 2, "sh')
+    assert files.read_rows(log) == [{"a": 1}]  # a torn last one is none yet
+    files.append_row(log, {"a": 3})
+    assert files.read_rows(log) == [{"a": 1}, {"a": 3}]
+
+
+def test_a_changed_row_of_a_log_and_a_file_of_another_size_are_told_as_that(tmp_path):
+    log = tmp_path / "log"
+    files.append_row(log, {"a": 1})
+    files.append_row(log, {"a": 2})
+    log.write_bytes(log.read_bytes().replace(b'"a": 1', b'"a": 7'))
+    with pytest.raises(files.Damaged, match="log:1 was changed"):
+        files.read_rows(log)
+    with files.staged(tmp_path / "folder") as draft:
+        (draft / "part").write_text("text")
+    (tmp_path / "folder/part").write_text("tex")
+    assert "has 3 bytes, its manifest says 4" in files.problems(tmp_path / "folder")[0]
