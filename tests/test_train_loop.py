@@ -1,16 +1,22 @@
-"""A run's clock, which counts what was compiled once, and its checkpoints on a full disk."""
+"""A run's clock, its checkpoints on a full disk, its batches, and how it goes on."""
 
+import contextlib
+import itertools
+import json
 import signal
 import time
 from types import SimpleNamespace
+from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tinylm import files, machine
 from tinylm.config import BadInput
 from tinylm.train import checkpoint, loop
+from tinylm.train.batch import Batch
 from tinylm.train.step import State
 
 EVENT = "/jax/core/compile/backend_compile_duration"
@@ -85,3 +91,81 @@ def test_a_grace_that_is_no_time_is_refused(monkeypatch, grace):
     monkeypatch.setenv("TINYLM_GRACE", grace)
     with pytest.raises(BadInput, match=f"TINYLM_GRACE='{grace}'"):
         machine.grace()
+
+
+class Toy:
+    """A run whose state is a number that depends on every batch it was fed and on their order."""
+
+    plan = machine.Plan(chunk=4, checkpoint_every=8)
+
+    def __init__(self, folder, steps=30):
+        self.folder, self.steps = folder, steps
+
+    def run(self, stop_after=0):
+        """Train; after so many chunks a signal comes. Give the number and the first step."""
+        asked = iter([False] * (stop_after - 1) if stop_after else itertools.repeat(False))
+
+        @contextlib.contextmanager
+        def signals():
+            yield lambda: next(asked, True)
+
+        def chunk(state, batches, n):
+            w, seen = int(state.params["w"]), []
+            for t in np.asarray(batches.tokens)[:n, 0, 0]:
+                w = (31 * w + int(t) + 1) % 65_521
+                seen.append(float(w))
+            seen += [0.0] * (self.plan.chunk - n)
+            after = State({"w": jnp.int32(w)}, {}, {}, state.step + n)
+            return after, {"nats_per_token": jnp.array(seen), "grad_norm": jnp.ones(len(seen))}
+
+        start = State({"w": jnp.int32(1)}, {}, {}, jnp.int32(0))
+        with mock.patch.object(loop, "_signals", signals), loop.Clock(self.folder) as clock:
+            state, (sound,) = loop.train(
+                self.folder, [loop.Member(self.folder / "metrics.jsonl", self.steps)], start, chunk,
+                lambda t: Batch(np.full((1, 2), t), np.ones((1, 1))), 1, self.plan,
+                machine.mesh(1), clock)
+        assert sound and int(state.step) == self.steps
+        return int(state.params["w"]), clock.first_step
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """What an undisturbed toy comes to: its number and its log."""
+    toy = Toy(tmp_path_factory.mktemp("whole"))
+    w, _ = toy.run()
+    return w, (toy.folder / "metrics.jsonl").read_bytes()
+
+
+def test_every_step_is_fed_its_own_batch_once_and_has_its_row(whole):
+    w = 1
+    for t in range(30):
+        w = (31 * w + t + 1) % 65_521
+    assert whole[0] == w
+    rows = [json.loads(line) for line in whole[1].splitlines()]
+    assert [row["step"] for row in rows] == [4, 8, 12, 16, 20, 24, 28, 30]
+    assert rows[-1]["tokens"] == 30
+
+
+@pytest.mark.parametrize("harm", ["", "flip", "manifest", "torn log"])
+def test_a_run_goes_on_from_its_newest_sound_checkpoint_to_the_same_bits(
+        whole, tmp_path, capfd, harm):
+    toy = Toy(tmp_path)
+    with pytest.raises(loop.Stopped):
+        toy.run(stop_after=5)
+    older, newest = checkpoint.steps(tmp_path / "checkpoints")
+    assert (older.name, newest.name) == ("step-00000016", "step-00000020")
+    if harm == "flip":
+        place = max(newest.rglob("d/*"), key=lambda p: p.stat().st_size)
+        data = bytearray(place.read_bytes())
+        data[len(data) // 2] ^= 1
+        place.write_bytes(data)
+    elif harm == "manifest":
+        (newest / files.MANIFEST).unlink()
+    elif harm == "torn log":
+        with open(tmp_path / "metrics.jsonl", "a") as log:
+            log.write('{"step": 24, "tok')
+    w, first = toy.run()
+    assert (w, (tmp_path / "metrics.jsonl").read_bytes()) == whole
+    damaged = harm in ("flip", "manifest")
+    assert first == (16 if damaged else 20)
+    assert ("passing by a damaged checkpoint" in capfd.readouterr().err) == damaged
