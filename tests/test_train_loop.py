@@ -15,8 +15,9 @@ import pytest
 
 from tinylm import files, machine
 from tinylm.config import BadInput
-from tinylm.train import checkpoint, loop
+from tinylm.train import checkpoint, loop, run
 from tinylm.train.batch import Batch
+from tinylm.train.optim import OptimConfig
 from tinylm.train.step import State
 
 EVENT = "/jax/core/compile/backend_compile_duration"
@@ -169,3 +170,35 @@ def test_a_run_goes_on_from_its_newest_sound_checkpoint_to_the_same_bits(
     damaged = harm in ("flip", "manifest")
     assert first == (16 if damaged else 20)
     assert ("passing by a damaged checkpoint" in capfd.readouterr().err) == damaged
+
+
+def test_a_log_that_was_edited_before_its_checkpoint_stops_the_run(tmp_path):
+    toy = Toy(tmp_path)
+    with pytest.raises(loop.Stopped):
+        toy.run(stop_after=5)
+    log = tmp_path / "metrics.jsonl"
+    log.write_bytes(log.read_bytes().replace(b'"tokens": 4', b'"tokens": 5'))
+    with pytest.raises(files.Damaged, match="metrics.jsonl has other bytes"):
+        toy.run()
+
+
+def test_a_folder_is_bound_to_its_kind_code_versions_and_machine(tmp_path, monkeypatch):
+    def settle(config, kind):
+        return run.settle(tmp_path / "run", config, kind, machine.PLAIN, tmp_path / "text")
+
+    settle(OptimConfig(), "pretrain")
+    settle(OptimConfig(), "pretrain")
+    with pytest.raises(BadInput, match="begun with kind='pretrain', this is kind='sft'"):
+        settle(machine.PLAIN, "sft")
+    for where, name, other in ((run, "code_id", "0"), (machine, "versions", {"python": "2"}),
+                               (machine, "environment", {"device": "another"})):
+        with monkeypatch.context() as changed:
+            true = getattr(where, name)()
+            value = {**true, **other} if isinstance(true, dict) else other
+            changed.setattr(where, name, lambda value=value: value)
+            with pytest.raises(BadInput, match="tinylm adopt"):
+                settle(OptimConfig(), "pretrain")
+    (tmp_path / "run/checkpoints").mkdir()
+    (tmp_path / "run/config.json").unlink()
+    with pytest.raises(files.Damaged, match="missing where checkpoints are"):
+        settle(OptimConfig(), "pretrain")
