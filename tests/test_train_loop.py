@@ -198,6 +198,11 @@ def test_a_folder_is_bound_to_its_kind_code_versions_and_machine(tmp_path, monke
             changed.setattr(where, name, lambda value=value: value)
             with pytest.raises(BadInput, match="tinylm adopt"):
                 settle(OptimConfig(), "pretrain")
+    files.write_json(tmp_path / "run/record.json", {
+        "schema": run.SCHEMA, "id": "x", "config": {}, "loss": None, "files": {"plan.json": "0"}})
+    with pytest.raises(files.Damaged, match="plan.json has other bytes than its record says"):
+        settle(OptimConfig(), "pretrain")
+    (tmp_path / "run/record.json").unlink()
     (tmp_path / "run/checkpoints").mkdir()
     (tmp_path / "run/config.json").unlink()
     with pytest.raises(files.Damaged, match="missing where checkpoints are"):
