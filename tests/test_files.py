@@ -156,3 +156,12 @@ def test_a_changed_row_of_a_log_and_a_file_of_another_size_are_told_as_that(tmp_
         (draft / "part").write_text("text")
     (tmp_path / "folder/part").write_text("tex")
     assert "has 3 bytes, its manifest says 4" in files.problems(tmp_path / "folder")[0]
+
+
+def test_files_that_a_record_lists_are_told_apart_missing_or_changed(tmp_path):
+    for name in ("same", "other"):
+        (tmp_path / name).write_text(name)
+    sha = files.sha256(tmp_path / "same")
+    assert files.changed(tmp_path, {"same": sha, "other": sha, "gone": sha}) == [
+        f"{tmp_path}/other has other bytes than its record says",
+        f"{tmp_path}/gone is missing, and its record lists it"]

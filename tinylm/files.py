@@ -235,9 +235,10 @@ def problems(folder: Path) -> list[str]:
 
 def changed(folder: Path, listed: dict[str, str]) -> list[str]:
     """List in words which of a note's files (name to sha256) are gone or have other bytes."""
-    return [f"{Path(folder) / name} has other bytes than its record says"
-            for name, sha in listed.items()
-            if not (Path(folder) / name).exists() or sha256(Path(folder) / name) != sha]
+    paths = {Path(folder) / name: sha for name, sha in listed.items()}
+    return [f"{path} has other bytes than its record says" if path.exists() else
+            f"{path} is missing, and its record lists it"
+            for path, sha in paths.items() if not path.exists() or sha256(path) != sha]
 
 
 def verified(folder: Path) -> dict[str, Any]:
