@@ -180,10 +180,12 @@ def plan_for(rows: int, T: int, D: int, backend: str, count: int, devices: int =
     """Give the plan of one run: `rows` sequences of T tokens a step, a model of width D.
 
     The batch is split over `devices`, or over as many of the `count` at hand as divide it. On a
-    CPU a device holds 128 tokens at once below width 40 and 256 from there on: medians of one
-    interleaved run at T=128, V=2048, per sequence with 1 / 2 / 4 at once: 1.34 / 1.43 / 1.45 ms at
-    D=24, 2.20 / 2.05 / 2.11 at D=48, 6.75 / 5.65 / 5.63 at D=128. An accelerator gets longer
-    chunks, members side by side and the library's attention (not yet measured there).
+    CPU a device holds 128 tokens at once below width 40, 256 below 256 and 512 from there on:
+    medians of one interleaved run at T=128, V=2048, per sequence with 1 / 2 / 4 at once: 1.34 /
+    1.43 / 1.45 ms at D=24, 2.20 / 2.05 / 2.11 at D=48, 6.75 / 5.65 / 5.63 at D=128. JAX before
+    0.12 also wants two sequences at once from D=40 on (T=256, bfloat16: 1.15 to 1.16 times the
+    rate of one at D=64 to 384; on 0.12 .98 at D=128, 1.02 at 256, 1.08 at 384). An accelerator
+    gets longer chunks, members side by side and the library's attention (not yet measured there).
     """
     require("rows", rows, 1, 1e9)
     require("devices", devices, 0, count)
@@ -192,7 +194,10 @@ def plan_for(rows: int, T: int, D: int, backend: str, count: int, devices: int =
         raise BadInput(f"{rows} sequences a step do not divide over {devices} devices; choose "
                        "a divisor")
     cpu = backend == "cpu"
-    most = max(1, (128 if D < 40 else 256) // T) if cpu else 64
+    most = 64
+    if cpu:
+        old = tuple(map(int, importlib.metadata.version("jax").split(".")[:2])) < (0, 12)
+        most = max(2 if old and D >= 40 else 1, (128 if D < 40 else 256 if D < 256 else 512) // T)
     micro = max(m for m in range(1, most + 1) if rows // devices % m == 0)
     every = 2048 if cpu and D < 40 else 512  # either is about ten seconds of a core
     return Plan(devices=devices, micro=micro, unroll=cpu, chunk=16 if cpu else 64,
