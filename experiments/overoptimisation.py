@@ -142,7 +142,8 @@ def optimised(args: Args, place: Path, pairs: int, seed: int, asked: list[tasks.
     plan = machine.plan_for(config.prompts, model.T, model.D, *machine.survey())
     out = args.out / f"grpo-{folder.name}"
     policies.policy(out, config, args.sft, prompts, judge, tokens, plan, watch=lambda rolled, who: (
-        suite.golds([asked[i] for i in who], rolled, learnt, rubric.gold)))
+        suite.golds([asked[i] for i in who], suite.texts(rolled, learnt), rolled.ended,
+                    rubric.gold)))
     sure = kept["preferences"]
     return [(size(place), pairs, seed, sure["accuracy"], kept["config"]["ceiling"], row["step"],
              row["train/kl_nats"], row["train/gold"] - gold_mean, row["train/reward"], 0.0, 0.0)

@@ -76,3 +76,19 @@ def test_a_toy_study_of_over_optimisation_writes_its_forecast_first(tmp_path):
         assert len(said[way]["outcome"]) == 2
     rows = list(csv.DictReader((tmp_path / "overoptimisation.csv").read_text().splitlines()))
     assert len(rows) == 3 * 2 * 2 * (4 + 2)
+
+
+@pytest.mark.slow
+def test_a_toy_study_of_the_bands_fixes_what_is_asked_before_it_trains(tmp_path):
+    text = tmp_path / "stories.txt"
+    text.write_text("\n".join(story(n, 40) for n in range(30)))
+    done = experiment("alignment_bands", "--out", tmp_path / "out", "--corpus", text, "--widths", 8,
+                      "--flops", 5e8, "--V", 128, "--tasks", 300, "--steps", 20,
+                      "--ranked", 40, "--rollouts", 2, "--asked", 11, "--best-of", 2, "--results",
+                      tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader((tmp_path / "alignment_bands.csv").read_text().splitlines()))
+    assert len(rows) == 7 and {r["width"] for r in rows} == {"8"}
+    told = json.loads((tmp_path / "alignment_bands.json").read_text())
+    assert told["id"] == files.read_json(tmp_path / "out/suite.json")["id"]
+    assert all(size["reward"]["ceiling"] >= 0.5 for size in told["sizes"].values())

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import math
 import shutil
 
 import pytest
@@ -58,6 +59,12 @@ def test_rankings_make_a_reward_model_that_policies_are_tuned_against(chain):
                        "--count", 4, "--samples", 4, "--n", 1, 4, "--budget", 8, "--json"))["rows"]
     assert [row["n"] for row in best] == [1, 4] and best[0]["kl_bound_nats"] == 0
     assert max(abs(row["proxy"]) for row in best) < 50  # what ranks the unended last is no score
+    table = last(tinylm("eval", chain / "sft", "--tasks", 11, "--budget", 8, "--reward",
+                        chain / "rm", "--best-of", 3, "--json"))
+    one, chosen = table["runs"].values()
+    assert table["reward"]["accuracy"] == told["preferences"]["accuracy"]
+    assert chosen["kl_nats"] == pytest.approx(math.log(3) - 2 / 3) and one["kl_nats"] == 0
+    assert chosen["stops"]["rate"] > one["stops"]["rate"]  # of three samples one ends sooner
     again = tinylm("grpo", chain / "sft", "--out", chain / "grpo", "--reward", chain / "rm",
                    "--family", "copy", "--count", 20, "--policy.rollouts", 3, "--policy.prompts", 2,
                    "--policy.responses", 4, "--policy.budget", 8)
@@ -118,9 +125,14 @@ def test_runs_of_another_text_or_a_shorter_judge_are_refused(chain):
 
 
 @pytest.mark.parametrize(("words", "command"), [
-    ("give a reward model", ("best-of-n", "sft", "--reward", "sft")),
+    ("give a folder of tinylm reward", ("best-of-n", "sft", "--reward", "sft")),
     ("either --data with rankings or --sampled", ("reward", "sft", "--out", "new")),
     ("say how many --tasks", ("eval", "sft", "--also", "base")),
+    ("say how many --tasks", ("eval", "sft", "--reward", "base")),
+    ("nothing to choose by", ("eval", "sft", "--tasks", 2, "--best-of", 2)),
+    ("give a folder of tinylm reward", ("eval", "sft", "--tasks", 2, "--reward", "base")),
+    ("either --data with rankings or --sampled", ("dpo", "sft", "--out", "new")),
+    ("responses=1 is", ("dpo", "sft", "--out", "new", "--sampled", 3, "--responses", 1)),
     ("family 'poem' is unknown", ("grpo", "sft", "--out", "new", "--family", "poem")),
     ("no task fits T=96", ("grpo", "sft", "--out", "new", "--policy.budget", 96)),
     ("beta=nan", ("grpo", "sft", "--out", "new", "--policy.beta", "nan")),

@@ -1,6 +1,6 @@
 """Many responses to each prompt with their gold scores: what preferences are drawn from."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -8,14 +8,10 @@ import numpy as np
 from tinylm.config import BadInput
 from tinylm.evaluate import suite
 from tinylm.model.decoder import ModelConfig, Params
-from tinylm.text.chat import read
 from tinylm.text.preferences import Ranked
 from tinylm.text.tasks import Task
 from tinylm.text.tokenizer import Tokenizer
 from tinylm.train.rollout import Rollout
-
-Gold = Callable[[Task, str, bool], float]
-"""score of a task's answer, which closed its turn or did not"""
 
 
 class Pool(NamedTuple):
@@ -35,17 +31,15 @@ class Pool(NamedTuple):
 
 
 def sampled(model: ModelConfig, params: Params, tokenizer: Tokenizer, chosen: Sequence[Task],
-            responses: int, budget: int, gold: Gold, seed: int = 0) -> Pool:
+            responses: int, budget: int, gold: suite.Gold, seed: int = 0) -> Pool:
     """Sample responses to those tasks that fit, at temperature 1, and score them."""
     chosen, prompts = suite.fitting(model, chosen, tokenizer, budget)
     prompts = [p for p in prompts for _ in range(responses)]
     rolled = suite.joined(suite.answered(model, params, prompts, budget, seed, 1.0), len(prompts))
-    said = [read(ids, tokenizer) for ids in rolled.responses]
-    scores = [gold(chosen[n // responses], text, bool(rolled.ended[n]))
-              for n, text in enumerate(said)]
+    owners = [task for task in chosen for _ in range(responses)]
+    scores = suite.golds(owners, suite.texts(rolled, tokenizer), rolled.ended, gold)
     shape = (len(chosen), responses)
-    scored = np.array(scores, np.float32).reshape(shape)
-    return Pool(*(a.reshape(*shape, *a.shape[1:]) for a in rolled), scored)
+    return Pool(*(a.reshape(*shape, *a.shape[1:]) for a in rolled), scores.reshape(shape))
 
 
 def split(pool: Pool, heldout: float) -> tuple[Pool, Pool]:

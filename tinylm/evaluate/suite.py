@@ -23,8 +23,10 @@ from tinylm.text.chat import read, render
 from tinylm.text.tasks import Task
 from tinylm.text.tokenizer import Tokenizer
 from tinylm.train import step
-from tinylm.train.rollout import Rollout, measured, padded, rollout
+from tinylm.train.rollout import Judge, Rollout, measured, padded, rollout
 
+Gold = Callable[[Task, str, bool], float]
+"""score of a task's answer, which closed its turn or did not"""
 AT_ONCE = 128
 """prompts answered together"""
 REPEAT = 4
@@ -95,25 +97,46 @@ def joined(parts: Sequence[Rollout], count: int) -> Rollout:
     return Rollout(*(np.concatenate([part[i] for part in parts])[:count] for i in range(4)))
 
 
-def golds(chosen: Sequence[Task], rolled: Rollout, tokenizer: Tokenizer,
-          grade: Callable[[Task, str, bool], float] = rubric.exact) -> np.ndarray:
+def liked(model: ModelConfig, params: Params, prompts: Sequence[np.ndarray], budget: int,
+          seed: int, judge: Judge, n: int) -> Rollout:
+    """Answer each prompt n times at temperature 1; keep the ended answer that the judge likes."""
+    every, asked = [], np.arange(len(prompts))
+    for k in range(n):
+        parts = answered(model, params, prompts, budget, seed + 1 + k, 1.0)
+        every.append(joined(parts, len(prompts)))
+    scores = [np.where(rolled.ended > 0, judge(rolled, asked), -np.inf) for rolled in every]
+    best = np.argmax(scores, axis=0)
+    return Rollout(*(np.stack([rolled[i] for rolled in every])[best, asked] for i in range(4)))
+
+
+def texts(rolled: Rollout, tokenizer: Tokenizer) -> list[str]:
+    """Read a rollout's responses."""
+    return [read(ids, tokenizer) for ids in rolled.responses]
+
+
+def golds(chosen: Sequence[Task], said: Sequence[str], ended: np.ndarray,
+          grade: Gold = rubric.exact) -> np.ndarray:
     """Give each task's exact reward, or another grade of its answer and whether that ended."""
-    said = [read(ids, tokenizer) for ids in rolled.responses]
-    return np.array([grade(*of) for of in zip(chosen, said, rolled.ended > 0, strict=True)],
-                    np.float32)
+    return np.array([grade(*of) for of in zip(chosen, said, ended > 0, strict=True)], np.float32)
 
 
 def table_row(config: SuiteConfig, model: ModelConfig, params: Params, ref: Params,
-              tokenizer: Tokenizer) -> tuple[dict[str, Any], np.ndarray]:
+              tokenizer: Tokenizer, judge: Judge | None = None,
+              n: int = 1) -> tuple[dict[str, Any], np.ndarray]:
     """Measure a model on the suite; give its row and the rubric's grades of plain sentences.
 
-    `ref` is what KL is measured against, the tuned model that the others came from.
+    `ref` is what KL is measured against, the tuned model that the others came from. A judge adds
+    its mean score of plain sentences that end. With n > 1 each answer is the one of n samples that
+    the judge likes best, and KL is that choice's bound, ln n - (n - 1) / n.
     """
     every = drawn(config)
     chosen, prompts = fitting(model, every, tokenizer, config.budget)
-    rolled = joined(answered(model, params, prompts, config.budget), len(prompts))
-    gold, grades = (golds(chosen, rolled, tokenizer, by) for by in (rubric.exact, rubric.graded))
-    said = [read(ids, tokenizer) for ids in rolled.responses]
+    if judge and n > 1:
+        rolled = liked(model, params, prompts, config.budget, config.seed, judge, n)
+    else:
+        rolled = joined(answered(model, params, prompts, config.budget), len(prompts))
+    said = texts(rolled, tokenizer)
+    gold, grades = (golds(chosen, said, rolled.ended, by) for by in (rubric.exact, rubric.graded))
     kept = np.array([tasks.obeyed(t, text) is not None for t, text in zip(chosen, said,
                                                                           strict=True)])
     ruled = np.array([t.rule != "plain" for t in chosen])
@@ -123,19 +146,23 @@ def table_row(config: SuiteConfig, model: ModelConfig, params: Params, ref: Para
                   len(prompts[::8]))
     found = measured(model, params, ref, some)
     count = some.mask.sum()
-    return {"tasks": len(chosen), "too_long": len(every) - len(chosen),
-            "tasks_id": tasks.tasks_id(every), "split": config.split,
-            "exact": rows, "macro": float(np.mean([row["rate"] for row in rows.values()])),
-            "grade": float(grades[plain["sentence"]].mean()),
-            "micro": rate(gold[~ruled]), "obeyed": rate((kept * rolled.ended)[ruled]),
-            "rules_and_answers": rate(gold[ruled]), "stops": rate(rolled.ended),
-            "leaks": rate(rolled.leaked),
-            "truncated": rate(1 - rolled.ended - rolled.leaked),
-            "repeats": rate(np.array([repeats(ids) for ids in rolled.responses], np.float32)),
-            "length_tokens": float(rolled.mask.sum(1).mean()),
-            "kl_nats": float((found.kl * some.mask).sum(1).mean()),
-            "entropy_nats": float((found.entropy * some.mask).sum() / count)
-            }, grades[plain["sentence"]]
+    row = {"tasks": len(chosen), "too_long": len(every) - len(chosen),
+           "tasks_id": tasks.tasks_id(every), "split": config.split,
+           "exact": rows, "macro": float(np.mean([row["rate"] for row in rows.values()])),
+           "grade": float(grades[plain["sentence"]].mean()),
+           "micro": rate(gold[~ruled]), "obeyed": rate((kept * rolled.ended)[ruled]),
+           "rules_and_answers": rate(gold[ruled]), "stops": rate(rolled.ended),
+           "leaks": rate(rolled.leaked),
+           "truncated": rate(1 - rolled.ended - rolled.leaked),
+           "repeats": rate(np.array([repeats(ids) for ids in rolled.responses], np.float32)),
+           "length_tokens": float(rolled.mask.sum(1).mean()),
+           "kl_nats": (math.log(n) - (n - 1) / n if n > 1
+                       else float((found.kl * some.mask).sum(1).mean())),
+           "entropy_nats": float((found.entropy * some.mask).sum() / count)}
+    if judge:
+        scores = judge(rolled, np.arange(len(chosen)))[plain["sentence"] & (rolled.ended > 0)]
+        row["proxy"] = float(scores.mean()) if len(scores) else None
+    return row, grades[plain["sentence"]]
 
 
 def wins(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:

@@ -24,6 +24,10 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     lines = [" " * 22 + "".join(name[-wide + 2:].rjust(wide) for name in names)]
     lines += [title.ljust(22) + "".join(show(rows[name]).rjust(wide) for name in names)
               for title, show in COLUMNS]
+    if "proxy" in rows[names[0]]:
+        lines.append("reward model's score".ljust(22) + "".join(
+            ("none ends" if (told := rows[name]["proxy"]) is None else f"{told:.3f}").rjust(wide)
+            for name in names))
     families = rows[names[0]]["exact"]
     lines += [f"  {family}".ljust(22) + "".join(
         rate(rows[name]["exact"][family]).rjust(wide) for name in names) for family in families]
@@ -49,6 +53,12 @@ def judged(record: dict[str, Any]) -> str:
     lines += [f"  where it is {b['thought']:.0%} sure it is right on {b['right']:.0%} "
               f"({b['pairs']} pairs)" for b in p["calibration"]]
     return "\n".join(lines)
+
+
+def of_judge(record: dict[str, Any]) -> dict[str, Any]:
+    """Give what a table says of the reward model behind its scores."""
+    held = {k: record["preferences"][k] for k in ("accuracy", "low95", "high95", "pairs")}
+    return {"id": record["id"], **held, "ceiling": record["config"]["ceiling"]}
 
 
 def preferred(record: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ PPO's parameters hold a second trunk, `value`, beside the policy's.
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -27,10 +27,7 @@ from tinylm.model.decoder import ModelConfig, Params, rebuild
 from tinylm.text.shards import Dataset
 from tinylm.train import batch, checkpoint, loop, losses, optim, rewards, run, step
 from tinylm.train.optim import OptimConfig
-from tinylm.train.rollout import AT_ONCE, Measured, Rollout, measured, padded, rollout
-
-Judge = Callable[[Rollout, np.ndarray], np.ndarray]
-"""scores of a rollout's responses to the prompts of these numbers, [B]"""
+from tinylm.train.rollout import AT_ONCE, Judge, Measured, Rollout, measured, padded, rollout
 
 
 @dataclass(frozen=True)

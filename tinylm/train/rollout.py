@@ -44,6 +44,10 @@ class Rollout(NamedTuple):
         return [ids[:-1] if len(ids) and ids[-1] < generate.CONTROL else ids for ids in rows]
 
 
+Judge = Callable[[Rollout, np.ndarray], np.ndarray]
+"""scores of a rollout's responses to the prompts of these numbers, [B]"""
+
+
 class Measured(NamedTuple):
     """What a model says of a rollout's positions, [B, T] each."""
 

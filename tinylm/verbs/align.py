@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +21,7 @@ from tinylm.text.preferences import Ranked
 from tinylm.text.tokenizer import Tokenizer
 from tinylm.train import checkpoint
 from tinylm.train.optim import OptimConfig
+from tinylm.train.rollout import Judge
 from tinylm.verbs import folders, models
 
 MOST = 100_000
@@ -55,25 +56,11 @@ def reward(parent: Positional[Path], out: Path, data: tuple[Path, ...] = (), sam
         skip_bad_lines: put bad lines of the data into OUT/quarantine.jsonl instead of refusing
         json: print the record on the last line
     """
-    if bool(data) == bool(sampled):
-        raise BadInput("give either --data with rankings or --sampled with the number of tasks "
-                       "to sample and rank")
     model, tokens, learnt = models.opened(parent, text)
     judging.RewardConfig(model, optim, steps=steps or 1, prompts=prompts, center=center, seed=seed)
-    if data:
-        read = folders.read_lines(data, preferences.read_jsonl, out, skip_bad_lines)
-        (train, held), ceiling = _ranked(read, heldout, learnt, model.T), 0.0
-    else:
-        require("heldout", heldout, 1e-6, 1 - 1e-6)
-        require("sampled", sampled, 1, MOST)
-        require("budget", budget, 1, model.T)
-        require("responses", responses, 2, 64)
-        require("sharpness", sharpness, 0, math.inf)
-        chosen = _tasks(family, "train", sampled, seed)
-        drawn = pool.sampled(model, checkpoint.final_params(parent, model), learnt, chosen,
-                             responses, budget, rubric.graded, seed)
-        (train, _), (held, ceiling) = (pool.labelled(side, sharpness, seed)
-                                       for side in pool.split(drawn, heldout))
+    train, held, ceiling = _rankings(
+        parent, model, learnt, data, (out, skip_bad_lines), heldout, seed,
+        Sampling(sampled, family, responses, sharpness, budget))
     steps = steps or max(1, len(train.tokens) // prompts)
     config = judging.RewardConfig(model, optim, folders.finished(parent)["id"],
                                   f"{train.id}{held.id}", steps, prompts, center, ceiling, seed)
@@ -86,7 +73,9 @@ def reward(parent: Positional[Path], out: Path, data: tuple[Path, ...] = (), sam
         raise SystemExit(1)
 
 
-def dpo(parent: Positional[Path], out: Path, data: tuple[Path, ...], heldout: float = 0.1,
+def dpo(parent: Positional[Path], out: Path, data: tuple[Path, ...] = (), sampled: int = 0,
+        family: tuple[str, ...] = ("sentence",), responses: int = 4, sharpness: float = 4.0,
+        budget: int = 32, heldout: float = 0.1,
         optim: OptimConfig = OptimConfig(lr=3e-4, decay=1.0),  # noqa: B008
         steps: int = 0, pairs: int = 32, beta: float = 0.1, smoothing: float = 0.0, seed: int = 0,
         text: Path | None = None, skip_bad_lines: bool = False, json: bool = False) -> None:
@@ -96,6 +85,12 @@ def dpo(parent: Positional[Path], out: Path, data: tuple[Path, ...], heldout: fl
         parent: folder of the tuned run, which stays the reference
         out: folder of the new run
         data: .jsonl files of {"prompt" or "messages", and "chosen", "rejected" or "responses"}
+        sampled: without data: tasks a family to which the parent's own responses are ranked, as
+            `tinylm reward` ranks them
+        family: of those tasks
+        responses: sampled for each
+        sharpness: a pair is labelled right with p = sigmoid(sharpness x gap of their grades)
+        budget: tokens of a sampled response at most
         heldout: share of the rows, whole prompts, that judge it
         optim: the optimiser and its schedule
         steps: optimiser steps; 0: one epoch
@@ -110,8 +105,8 @@ def dpo(parent: Positional[Path], out: Path, data: tuple[Path, ...], heldout: fl
     model, tokens, learnt = models.opened(parent, text)
     preferring.DpoConfig(model, optim, steps=steps or 1, pairs=pairs, beta=beta,
                          smoothing=smoothing, seed=seed)
-    read = folders.read_lines(data, preferences.read_jsonl, out, skip_bad_lines)
-    train, held = _ranked(read, heldout, learnt, model.T)
+    train, held, _ = _rankings(parent, model, learnt, data, (out, skip_bad_lines), heldout, seed,
+                               Sampling(sampled, family, responses, sharpness, budget))
     steps = steps or max(1, int(train.wins.sum()) // pairs)
     config = preferring.DpoConfig(model, optim, folders.finished(parent)["id"],
                                   f"{train.id}{held.id}", steps, pairs, beta, smoothing, seed)
@@ -228,28 +223,48 @@ def _tasks(family: tuple[str, ...], split: tasks.Split, count: int, seed: int) -
 
 
 def _judge(reward: Path | None, model: ModelConfig, chosen: list[tasks.Task], learnt: Tokenizer
-           ) -> tuple[policies.Judge, str]:
+           ) -> tuple[Judge, str]:
     """Give the judge of responses to the chosen tasks, and what names it in a config."""
     if reward is None:
-        return (lambda rolled, asked: suite.golds([chosen[i] for i in asked], rolled, learnt),
+        return (lambda rolled, asked: suite.golds([chosen[i] for i in asked],
+                                                  suite.texts(rolled, learnt), rolled.ended),
                 f"exact {tasks.tasks_id(chosen)}")
-    record = folders.finished(reward)
-    if record["tokenizer_id"] != learnt.id:
-        raise BadInput(f"{reward} reads tokenizer {record['tokenizer_id']}, the run {learnt.id}; "
-                       "give a reward model of the same lineage")
-    scorer_model, _, _ = models.opened(reward, None, judge=True)
-    if scorer_model.T < model.T:
-        raise BadInput(f"{reward} reads T={scorer_model.T} tokens and the run's context is "
-                       f"T={model.T}; give a reward model of that context")
-    return (judging.judge_of(scorer_model, checkpoint.final_scorer(reward, scorer_model)),
-            record["id"])
+    return models.judge(reward, model, learnt)
 
 
-def _ranked(read: list[preferences.Preference], heldout: float, learnt: Tokenizer,
-            T: int) -> tuple[Ranked, Ranked]:
-    (train, lost), (held, more) = (preferences.ranked(side, learnt, T)
-                                   for side in preferences.split(read, heldout))
-    if lost + more:
-        progress.say(f"{lost + more} of {len(read)} prompts left out: fewer than two responses fit "
-                     f"T={T} tokens")
-    return train, held
+class Sampling(NamedTuple):
+    """How responses are drawn to be ranked, where no file of rankings is given."""
+
+    tasks: int
+    family: tuple[str, ...]
+    responses: int
+    sharpness: float
+    budget: int
+
+
+def _rankings(parent: Path, model: ModelConfig, learnt: Tokenizer, data: tuple[Path, ...],
+              quarantine: tuple[Path, bool], heldout: float, seed: int,
+              how: Sampling) -> tuple[Ranked, Ranked, float]:
+    """Give rankings to train on and to judge by, and a perfect judge's accuracy (0: unknown)."""
+    if bool(data) == bool(how.tasks):
+        raise BadInput("give either --data with rankings or --sampled with the number of tasks "
+                       "to sample and rank")
+    if data:
+        read = folders.read_lines(data, preferences.read_jsonl, *quarantine)
+        (train, lost), (held, more) = (preferences.ranked(side, learnt, model.T)
+                                       for side in preferences.split(read, heldout))
+        if lost + more:
+            progress.say(f"{lost + more} of {len(read)} prompts left out: fewer than two responses "
+                         f"fit T={model.T} tokens")
+        return train, held, 0.0
+    require("heldout", heldout, 1e-6, 1 - 1e-6)
+    require("sampled", how.tasks, 1, MOST)
+    require("budget", how.budget, 1, model.T)
+    require("responses", how.responses, 2, 64)
+    require("sharpness", how.sharpness, 0, math.inf)
+    chosen = _tasks(how.family, "train", how.tasks, seed)
+    drawn = pool.sampled(model, checkpoint.final_params(parent, model), learnt, chosen,
+                         how.responses, how.budget, rubric.graded, seed)
+    (train, _), (held, ceiling) = (pool.labelled(side, how.sharpness, seed)
+                                   for side in pool.split(drawn, heldout))
+    return train, held, ceiling

@@ -6,9 +6,12 @@ from pathlib import Path
 from tinylm import files
 from tinylm.config import BadInput, from_json
 from tinylm.model.decoder import ModelConfig
+from tinylm.stages.reward import judge_of
 from tinylm.text import prepare
 from tinylm.text.shards import Dataset, open_dataset
 from tinylm.text.tokenizer import Tokenizer
+from tinylm.train import checkpoint
+from tinylm.train.rollout import Judge
 from tinylm.verbs import folders
 
 
@@ -36,3 +39,18 @@ def opened(folder: Path, text: Path | None,
                        "give the prepared folder it was trained on with --text")
     model = from_json(ModelConfig, record["config"]["model"], "model")
     return model, open_dataset(place / "tokens"), learnt
+
+
+def judge(reward: Path, model: ModelConfig, learnt: Tokenizer) -> tuple[Judge, str]:
+    """Open a reward model as the judge of that model's responses; give it and its id."""
+    record = folders.finished(reward)
+    if record["kind"] != "reward":
+        raise BadInput(f"{reward} is a {record['kind']} run; give a folder of tinylm reward")
+    if record["tokenizer_id"] != learnt.id:
+        raise BadInput(f"{reward} reads tokenizer {record['tokenizer_id']}, the run {learnt.id}; "
+                       "give a reward model of the same lineage")
+    own, _, _ = opened(reward, None, judge=True)
+    if own.T < model.T:
+        raise BadInput(f"{reward} reads T={own.T} tokens and the run's context is T={model.T}; "
+                       "give a reward model of that context")
+    return judge_of(own, checkpoint.final_scorer(reward, own)), record["id"]

@@ -187,7 +187,8 @@ def sft(parent: Positional[Path], out: Path, data: tuple[Path, ...] = (),
 
 def evaluate(target: Positional[Path], also: tuple[Path, ...] = (), tasks: int = 0,
              pairs: tuple[Path, ...] = (), out: Path | None = None,
-             split: Literal["test", "reworded"] = "test", budget: int = 32, seed: int = 0,
+             split: Literal["test", "reworded"] = "test", budget: int = 32,
+             reward: Path | None = None, best_of: int = 0, seed: int = 0,
              text: Path | None = None, json: bool = False) -> None:
     """Measure the held-out loss of a finished run, or put runs of one lineage into one table.
 
@@ -199,6 +200,8 @@ def evaluate(target: Positional[Path], also: tuple[Path, ...] = (), tasks: int =
         pairs: .jsonl files, or a .zip of them, of minimal pairs (BLiMP) to judge the run by
         split: test: words unseen in training; reworded: phrases unseen too
         budget: tokens of an answer at most
+        reward: folder of a reward model whose scores the table gives too
+        best_of: samples of the first run of which that reward model chooses, for a row of its own
         seed: of the tasks and the draws
         text: a prepared folder with the run's tokenizer; none: the run's own
         json: print the losses on the last line
@@ -209,6 +212,11 @@ def evaluate(target: Positional[Path], also: tuple[Path, ...] = (), tasks: int =
     if pairs and tasks:
         raise BadInput(f"--pairs {pairs[0]} judge one run and --tasks make a table; ask for them "
                        "one at a time")
+    if reward and not tasks:
+        raise BadInput(f"--reward {reward} is for the table; say how many --tasks a family to ask")
+    if best_of and not reward:
+        raise BadInput(f"--best-of {best_of} has nothing to choose by; name a --reward model")
+    require("best_of", best_of, 0, 1024)
     if out and out.is_dir():
         raise BadInput(f"--out {out} is a folder; name the file to write")
     require("tasks", tasks, 0, 1e5)
@@ -236,14 +244,18 @@ def evaluate(target: Positional[Path], also: tuple[Path, ...] = (), tasks: int =
         if (model, others.tokenizer_id, others.id) != (config, tokens.tokenizer_id, tokens.id):
             raise BadInput(f"{place} has another model, tokenizer or text than {target}; compare "
                            "runs of one lineage")
-    for place in (target, *also):
+    judge, _ = models.judge(reward, config, learnt) if reward else (None, "")
+    for place, n in ((target, 1), *[(target, best_of)][:best_of], *((one, 1) for one in also)):
         params = checkpoint.final_params(place, config)
-        row, grades = suite.table_row(asked, config, params, ref, learnt)
+        row, grades = suite.table_row(asked, config, params, ref, learnt, judge, n)
         loss = heldout.heldout(config, params, tokens).bits_per_byte
         first = grades if first is None else first
         name = os.path.relpath(place, out.parent) if out else str(place)
+        name += f", best of {n}" if n > 1 else ""
         rows[name] = {**row, "bits_per_byte": loss, "wins": suite.wins(grades, first)}
     told = {"suite": vars(asked), "runs": rows}
+    if reward:
+        told["reward"] = alignment.of_judge(folders.finished(reward))
     if out:
         files.write_json(out, told)
     progress.answer(told, json, alignment.table(rows))
