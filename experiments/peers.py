@@ -5,11 +5,12 @@ question   Tokens a second of the whole machine, same shapes, batches and text, 
            (and in f32, to see what that gives and costs) and decodes in f32.
 command    python experiments/peers.py --nanogpt CHECKOUT --out studies/peers
            (--python names one that has torch, where this one has not)
-cost       5 to 15 minutes a shape on two cores, most of it torch
+cost       5 to 20 minutes a shape on two cores, most of it torch (--steps 16 at l and xl)
 expected   to compiled bf16 at least 2.0, 1.4, 1.15, .95 times at s, m, l, xl; to tuned torch 1.6,
            1.15, 1.0, .9; decoding 12 and 25 times at batch 1 and 64
-result     1.83, 1.43, 1.16, .99 at s, m, l, xl; torch tuned 1.70, 1.10, 1.07, .87; decoding 67 and
-           27 at s, 34 and 29 times at m: experiments/results/peers.json
+result     jax 0.12: 2.18, 1.43, 1.15, 1.05 at s, m, l, xl; torch tuned 1.32, 1.10, 1.12, 1.09;
+           decoding 68 and 27 at s, 34 and 29 times at m: experiments/results/peers_py312.json,
+           and peers_py311.json for jax 0.10
 """
 
 import dataclasses
@@ -86,7 +87,8 @@ def main(args: Args) -> int:
     if not (args.nanogpt / "model.py").exists():
         raise BadInput(f"{args.nanogpt} holds no model.py; give a checkout of nanoGPT")
     record: dict[str, Any] = {"schema": 1, "versions": machine.versions(), "shapes": {}}
-    place = args.results and args.results / "peers.json"
+    python = "".join(map(str, sys.version_info[:2]))
+    place = args.results and args.results / f"peers_py{python}.json"
     old = files.read_json(place) if place and place.exists() else record
     if old["versions"] == record["versions"]:  # shapes measured before stay
         record = old
