@@ -32,10 +32,26 @@ def test_two_of_three_sizes_suffice_and_exact_flops_are_kept(tmp_path):
     ("params,tokens,loss\n1,2,3\n1,2,\n", ("runs.csv:3", "loss=''", "number")),
     ("params,loss\n1,2\n", ("params, loss", "two of")),
     ("params,tokens,loss\n", ("no runs",)),
-    ("", ("needs loss",)),
+    ("", ("needs loss", "--loss-col")),
+    ("params;tokens;loss\n1;2;2,85\n", ("runs.csv:2", "loss='2,85'", "number")),
+    ("params,tokens,loss\n3e8,6e9,2,85\n", ("runs.csv:2", "4 fields", "header 3")),
+    ("params,tokens,loss\n6,795,600,349,2e10,3\n", ("runs.csv:2", "6 fields", "without commas")),
+    ("params,tokens,Loss,loss\n1,2,3,3\n", ("two columns 'Loss'",)),
+    ("params,flops,loss\n70,1e18,3\n", ("tokens a parameter", "from column 'params'", "counts")),
+    ("params,D,flops,loss\n1e6,512,1.2e15,3\n", ("tokens from column 'D'", "0.001", "counts")),
 ])
 def test_bad_tables_are_refused_by_file_and_line(tmp_path, text, words):
     refused(lambda: read_csv(write(tmp_path, text)), *words)
+
+
+@pytest.mark.parametrize("text", [
+    "\ufeffparams,tokens,flops,loss\n10,20,1500,3\n",
+    "Params; Tokens; FLOPs; Loss\n10;20;1500;3\n",
+    "params\ttokens\tflops\tloss\n10\t20\t1500\t3\n",
+    "params,tokens,flops,loss,\n10,20,1500,3,,\n"])
+def test_marks_delimiters_case_and_empty_ends_are_read_as_meant(tmp_path, text):
+    runs = read_csv(write(tmp_path, text))
+    assert [c.tolist() for c in runs[:4]] == [[10], [20], [1500], [3]]
 
 
 def test_a_missing_table_or_column_is_refused(tmp_path):

@@ -106,6 +106,24 @@ def test_what_is_dropped_is_said():
     assert said == ["dropped 3 rows that repeat an earlier row in every number",
                     f"dropped the 2 largest losses, {worst.min():.4g} nats and above"]
     assert cleaned(repeated)[1] == said[:1]
+    with pytest.raises(BadInput, match="-1000 of 60 runs cannot be dropped"):
+        cleaned(repeated, worst=-1000)
+
+
+def test_nothing_is_ranked_where_every_law_is_refused():
+    with pytest.raises(BadInput, match="no law can be compared here; "):
+        compare(scattered(SURFACE, 2))
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    ({"compare": True, "form": "kaplan"}, "--form kaplan names one law"),
+    ({"compare": True, "bootstrap": 9}, "--bootstrap 9 is for one law"),
+    ({"form": "kaplan", "ceiling": 7.0}, "--ceiling 7.0 is the saturating law's"),
+    ({"form": "frontier", "objective": "lad"}, "--objective lad is for surfaces")])
+def test_a_flag_that_would_be_ignored_is_refused(tmp_path, flags, words):
+    path = as_csv(tmp_path / "runs.csv", scattered(SURFACE))
+    with pytest.raises(BadInput, match=words):
+        verbs.fit(path, params_col="size", tokens_col="data", loss_col="err", **flags)
 
 
 def test_any_csv_is_fitted_and_compared_by_the_verb(tmp_path, capsys):

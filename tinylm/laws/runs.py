@@ -16,6 +16,10 @@ NAMES = {"params": ("params", "N", "Model Size"), "tokens": ("tokens", "D"),
          "sigma": ("sigma",), "unique": ("unique",)}
 
 
+PER_PARAM, PER_SIX_ND = (1e-3, 1e6), (1e-2, 1e2)
+"""median tokens a parameter, and FLOPs over 6ND, beyond which a column is of another unit"""
+
+
 class Runs(NamedTuple):
     """A table of finished runs: counts, and the loss in nats per token."""
 
@@ -35,19 +39,28 @@ def read_csv(path: Path, only: dict[str, str] | None = None,
              columns: dict[str, str] | None = None) -> Runs:
     """Read runs with params, tokens, flops (two suffice, by 6ND) and loss, maybe sigma, unique.
 
-    `only` keeps the rows whose columns have the given texts; `columns` names the columns that
-    have other names than NAMES knows. A bad row raises BadInput by file:line.
+    Fields lie between commas, semicolons or tabs, as in the header. `only` keeps the rows whose
+    columns have the given texts; `columns` names the columns that have other names than NAMES
+    knows. A bad row raises BadInput by file:line.
     """
     try:
-        with open(path, newline="", encoding="utf-8") as file:
-            table = csv.reader(file)
-            header = next(table, [])
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            first = file.readline()
+            file.seek(0)
+            table = csv.reader(file, delimiter=max(",;\t", key=first.count))
+            header = [name.strip() for name in next(table, [])]
             at = _places(path, header, columns or {}, only or {})
             keys = [(header.index(k), v) for k, v in (only or {}).items()]
-            rows = [(table.line_num, [row[i] if i < len(row) else None for i in at.values()])
-                    for row in table if row and all(row[i] == v for i, v in keys)]
+            rows = []
+            for row in table:
+                if any(row[len(header):]):
+                    raise BadInput(f"{path}:{table.line_num} has {len(row)} fields and the header "
+                                   f"{len(header)}; write numbers without commas or in quotes")
+                if row and all(i < len(row) and row[i] == v for i, v in keys):
+                    rows.append((table.line_num,
+                                 [row[i] if i < len(row) else None for i in at.values()]))
     except (OSError, UnicodeDecodeError, csv.Error) as bad:
-        raise BadInput(f"{path} cannot be read ({bad}); give a CSV of runs") from None
+        raise BadInput(f"{path} cannot be read ({str(bad)[:200]}); give a CSV of runs") from None
     if not rows:
         raise BadInput(f"{path} has no runs{f' with {only}' if only else ''}; give at least one")
     lines, cells = zip(*rows, strict=True)
@@ -57,7 +70,21 @@ def read_csv(path: Path, only: dict[str, str] | None = None,
         got["params"] = got["flops"] / six_nd(1, got["tokens"])
     if "tokens" not in got:
         got["tokens"] = got["flops"] / six_nd(got["params"], 1)
-    return Runs(**{"flops": six_nd(got["params"], got["tokens"]), **got})
+    runs = Runs(**{"flops": six_nd(got["params"], got["tokens"]), **got})
+    _check_units(path, runs, {key: header[place] for key, place in at.items()})
+    return runs
+
+
+def _check_units(path, runs, read):
+    """Refuse a table whose sizes cannot all be counts, such as parameters in millions."""
+    told = ", ".join(f"{key} from column {name!r}" for key, name in read.items() if key in SIZES)
+    for name, values, (low, high) in (
+            ("tokens a parameter", runs.tokens / runs.params, PER_PARAM),
+            ("FLOPs over 6 x params x tokens", runs.flops / six_nd(runs.params, runs.tokens),
+             PER_SIX_ND)):
+        if not low <= (middle := float(np.median(values))) <= high:
+            raise BadInput(f"{path}: the median of {name} is {middle:.3g}, not within {low:g} to "
+                           f"{high:g} ({told}); give counts, not millions, or name other columns")
 
 
 def distinct(runs: Runs) -> Runs:
@@ -84,18 +111,27 @@ def check_values(**columns) -> None:
 
 
 def _places(path, header, columns, only):
-    """Give the place in a row of each quantity that the table has."""
+    """Give the place in a row of each quantity that the table has; words in any case."""
     for name in (*columns.values(), *only):
         if name not in header:
             raise BadInput(f"{path} has no column {name!r}; it has {', '.join(header)}")
-    known = {key: [columns[key]] if key in columns else names for key, names in NAMES.items()}
-    at = {key: next((header.index(n) for n in names if n in header), None)
-          for key, names in known.items()}
-    at = {key: place for key, place in at.items() if place is not None}
+    low = [_any_case(name) for name in header]
+    at = {}
+    for key, names in NAMES.items():
+        known = [_any_case(name) for name in ([columns[key]] if key in columns else names)]
+        found = [low.index(name) for name in known if name in low]
+        if found and low.count(low[found[0]]) > 1:
+            raise BadInput(f"{path} has two columns {header[found[0]]!r}; rename one")
+        if found:
+            at[key] = found[0]
     if "loss" not in at or sum(size in at for size in SIZES) < 2:
         raise BadInput(f"{path} has columns {', '.join(header)}; it needs loss and two of "
-                       "params, tokens, flops")
+                       "params, tokens, flops; name yours with --loss-col, --params-col, ...")
     return at
+
+
+def _any_case(name):
+    return name if len(name) == 1 else name.lower()
 
 
 def _column(path, lines, texts, name):

@@ -25,8 +25,9 @@ def cleaned(runs: Runs, worst: int = 0) -> tuple[Runs, list[str]]:
     if repeats := len(runs.loss) - len(kept.loss):
         said.append(f"dropped {repeats} rows that repeat an earlier row in every number")
     if worst:
+        fewer = drop_worst(kept, worst)
         least = np.sort(kept.loss)[-worst:].min()
-        kept = drop_worst(kept, worst)
+        kept = fewer
         said.append(f"dropped the {worst} largest losses, {least:.4g} nats and above")
     return kept, said
 
@@ -86,6 +87,8 @@ def compare(runs: Runs, estimator: Estimator = "huber", delta: float = 1e-3,
     if runs.unique is None or len(found) >= 5:  # a minimum has no number of unique tokens
         forms.remove("data-constrained")
     rows = [_rolled(splits, form, estimator, delta, ceiling) for form in forms]
+    if all("refused" in row for row in rows):
+        raise BadInput(f"no law can be compared here; {rows[0]['form']}: {rows[0]['refused']}")
     return sorted(rows, key=lambda row: ("refused" in row, row.get("mean_percent", 0.0)))
 
 

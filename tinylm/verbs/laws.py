@@ -54,6 +54,15 @@ def fit(runs: Positional[Path], form: table.Form | None = None,
             fitted = law.fit(records)
             progress.answer(fitted, json, progress.law(fitted))
             return
+    for flag, given, reason in (
+            ("form", compare and form, "names one law and --compare ranks all"),
+            ("bootstrap", compare and bootstrap, "is for one law and --compare ranks all"),
+            ("ceiling", not compare and form != "saturating" and ceiling,
+             "is the saturating law's; add --form saturating"),
+            ("objective", form in table.FRONTIERS and objective != "huber" and objective,
+             f"is for surfaces; {form} is fitted to minima by least squares")):
+        if given:
+            raise BadInput(f"--{flag} {given} {reason}; leave it out")
     everything = law.runs_of(records)[0] if runs.is_dir() else read_csv(runs, columns=columns)
     found, dropped = table.cleaned(everything, drop_worst)
     if compare:
@@ -63,7 +72,8 @@ def fit(runs: Positional[Path], form: table.Form | None = None,
         return
     form = form or "chinchilla"
     told = table.told(table.fit_form(found, form, objective, delta, ceiling), bootstrap)
-    progress.answer({"form": form, "estimator": objective, "dropped": dropped, **told}, json,
+    estimator = "ls" if form in table.FRONTIERS else objective
+    progress.answer({"form": form, "estimator": estimator, "dropped": dropped, **told}, json,
                     progress.fitted(told, dropped))
 
 
