@@ -80,6 +80,9 @@ def test_frontiers_go_through_the_minima():
     last = minima(runs)[-4:]
     four = fit_frontier([m.flops for m in last], [m.loss for m in last], floor=False).law
     assert fit_form(runs, "power-law-last4").law == four != line
+    below = runs.params < 1.01 * np.array([m.params for m in minima(runs)]).min()
+    with pytest.raises(BadInput, match="have a bracketed minimum and frontier takes 3 or more"):
+        fit_form(runs.keep(below), "frontier")
 
 
 def test_a_fit_is_told_with_its_errors():

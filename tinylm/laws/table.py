@@ -41,7 +41,13 @@ def fit_form(runs: Runs, form: Form, estimator: Estimator = "huber", delta: floa
     if form not in FRONTIERS:
         given = {"ceiling": ceiling} if form == "saturating" and ceiling else {}
         return fit_law(runs, SURFACES[form], estimator, delta, **given)
-    return _fit_minima([m for m in minima(runs) if m.bracketed], form)
+    found, need = minima(runs), 3 if form == "frontier" else 2
+    kept = [m for m in found if m.bracketed]
+    if len(kept) < need:
+        why = "; ".join(f"{m.flops:.2g} FLOPs: {m.reason}" for m in found[:3] if not m.bracketed)
+        raise BadInput(f"{len(kept)} of {len(found)} budgets have a bracketed minimum and {form} "
+                       f"takes {need} or more ({why}); add sizes on both sides of the minimum")
+    return _fit_minima(kept, form)
 
 
 def told(fit: Fit, resamples: int = 0) -> dict[str, Any]:
