@@ -10,8 +10,8 @@ expected   at 1M parameters: 80% of copies, lists and choices, 99% of turns ende
            the family that tuning left between 50 and 80%, and DPO winning 55% or more
 result     not recorded yet
 
-What is asked, how many times and which judge wins is fixed here and hashed before anything trains:
-`suite.json`, whose id each row carries.
+What is asked, how many times and which judge wins is hashed before anything trains (`suite.json`);
+a folder keeps to what it began with.
 """
 
 import sys
@@ -80,7 +80,11 @@ def main(args: Args) -> int:
     asked = suite.SuiteConfig(args.asked)
     fixed = {"suite": asdict(asked), "tasks_id": tasks.tasks_id(suite.drawn(asked)),
              "ranked": FAMILY, "exact": EXACT, "judge": "rubric.graded, ties half"}
-    files.write_json(args.out / "suite.json", {**fixed, "id": digest(fixed)[:16]})
+    fixed["id"] = digest(fixed)[:16]
+    place = args.out / "suite.json"
+    if place.exists() and files.read_json(place)["id"] != fixed["id"]:
+        raise BadInput(f"{place} was fixed with other tasks; ask the same or choose a new folder")
+    files.write_json(place, fixed)
     data, _ = prepare.prepare(args.out / "text", corpora.load(args.corpus), args.V, lower=True)
     bases = {width: base(width, flops, data) for width, flops in
              zip(args.widths, args.flops, strict=True)}
@@ -95,7 +99,7 @@ def main(args: Args) -> int:
     if args.results:
         write_table(args.results / "alignment_bands.csv", COLUMNS, table)
         files.write_json(args.results / "alignment_bands.json", {
-            **fixed, "id": digest(fixed)[:16], "settings": {
+            **fixed, "settings": {
                 k: v for k, v in vars(args).items() if k not in ("out", "corpus", "results")},
             "sizes": sizes})
     return 0

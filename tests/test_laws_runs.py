@@ -1,5 +1,7 @@
 """Tables of runs: any column names, what is dropped, and bad rows named by file and line."""
 
+import os
+
 import numpy as np
 import pytest
 from test_laws_fit import refused
@@ -52,6 +54,16 @@ def test_bad_tables_are_refused_by_file_and_line(tmp_path, text, words):
 def test_marks_delimiters_case_and_empty_ends_are_read_as_meant(tmp_path, text):
     runs = read_csv(write(tmp_path, text))
     assert [c.tolist() for c in runs[:4]] == [[10], [20], [1500], [3]]
+
+
+def test_of_two_columns_the_named_one_is_read_and_a_pipe_is_a_table(tmp_path):
+    text = "params,tokens,Loss,loss\n10,20,9,3\n"
+    assert read_csv(write(tmp_path, text), columns={"loss": "loss"}).loss.tolist() == [3]
+    ends = os.pipe()
+    os.write(ends[1], b"params,tokens,loss\n10,20,3\n")
+    os.close(ends[1])
+    assert read_csv(f"/dev/fd/{ends[0]}").loss.tolist() == [3]
+    os.close(ends[0])
 
 
 def test_a_missing_table_or_column_is_refused(tmp_path):

@@ -1,6 +1,7 @@
 """A table of finished runs: from anybody's CSV, checked, with what was dropped said."""
 
 import csv
+import itertools
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -45,9 +46,9 @@ def read_csv(path: Path, only: dict[str, str] | None = None,
     """
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            first = file.readline()
-            file.seek(0)
-            table = csv.reader(file, delimiter=max(",;\t", key=first.count))
+            first = file.readline()  # not sought back: a pipe cannot be
+            table = csv.reader(itertools.chain([first], file),
+                               delimiter=max(",;\t", key=first.count))
             header = [name.strip() for name in next(table, [])]
             at = _places(path, header, columns or {}, only or {})
             keys = [(header.index(k), v) for k, v in (only or {}).items()]
@@ -118,10 +119,12 @@ def _places(path, header, columns, only):
     low = [_any_case(name) for name in header]
     at = {}
     for key, names in NAMES.items():
-        known = [_any_case(name) for name in ([columns[key]] if key in columns else names)]
-        found = [low.index(name) for name in known if name in low]
-        if found and low.count(low[found[0]]) > 1:
-            raise BadInput(f"{path} has two columns {header[found[0]]!r}; rename one")
+        names, among = ([columns[key]], header) if key in columns else (names, low)
+        found = [among.index(k) for k in (n if key in columns else _any_case(n) for n in names)
+                 if k in among]
+        if found and among.count(among[found[0]]) > 1:
+            raise BadInput(f"{path} has two columns {header[found[0]]!r}; rename one, or name one "
+                           f"with --{key}-col")
         if found:
             at[key] = found[0]
     if "loss" not in at or sum(size in at for size in SIZES) < 2:
