@@ -8,6 +8,7 @@ import errno
 import functools
 import io
 import itertools
+import os
 import re
 import signal
 import sys
@@ -64,6 +65,7 @@ def arguments(parse: Callable[[], Any]) -> Any:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler)
+    sys.argv[:] = map(_read, sys.argv)
     for flag, after in itertools.pairwise([*sys.argv, "--"]):
         if flag in ("--corpus", "--data") and after.startswith("--"):
             raise BadInput(f"{flag} names no file; name one or more, or leave {flag} out for the "
@@ -94,6 +96,14 @@ def main() -> int:
         return 0
 
     return guarded(start)
+
+
+def _read(word: str) -> str:
+    """Read a word of argv as UTF-8 whatever the locale; a path that is there stays as it is."""
+    try:
+        return word if os.path.exists(word) else os.fsencode(word).decode()
+    except UnicodeDecodeError as fault:
+        raise BadInput(f"{word!r} is no UTF-8 (byte {fault.start}); write it as UTF-8") from None
 
 
 def _bound(verb: Callable[..., None]) -> Callable[..., Callable[[], None]]:

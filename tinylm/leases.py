@@ -154,7 +154,7 @@ def _name(owner: dict[str, Any]) -> str:
 def _machine() -> str:
     """Tell this machine, as long as it runs, from every other; containers on it share its locks."""
     place = Path("/proc/sys/kernel/random/boot_id")
-    return place.read_text().strip() if place.exists() else socket.gethostname()
+    return place.read_text("utf-8").strip() if place.exists() else socket.gethostname()
 
 
 def _sweep_out(folder: Path) -> None:

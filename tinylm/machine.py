@@ -242,7 +242,7 @@ def _instructions() -> str:
 
 def _cpuinfo(key: str) -> str:
     info = Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.exists() else []:
+    for line in info.read_text("utf-8").splitlines() if info.exists() else []:
         if line.startswith(key):
             return line.split(":", 1)[1].strip()
     return platform.processor() if key == "model name" else ""

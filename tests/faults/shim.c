@@ -1,6 +1,7 @@
 /* Below every library: the FAULT_AT-th write, fsync or rename inside FAULT_FOLDER goes wrong.
  * FAULT_KIND: crash, torn (half is written, then a crash), full (ENOSPC from there on), broken (EIO
- * once). At a process's end the number of operations is written to FAULT_COUNT. */
+ * once). At a process's end the number of operations is written to FAULT_COUNT. The time of day is
+ * CLOCK_SHIFT seconds from the true one. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -10,7 +11,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/time.h>
 #include <sys/uio.h>
+#include <time.h>
 #include <unistd.h>
 
 static atomic_long count;
@@ -111,4 +114,22 @@ int renameat(int a, const char *from, int b, const char *to) {
     case 2: raise(SIGKILL);
     }
     return real(a, from, b, to);
+}
+
+static long shift(void) {
+    return getenv("CLOCK_SHIFT") ? atol(getenv("CLOCK_SHIFT")) : 0;
+}
+
+int clock_gettime(clockid_t which, struct timespec *now) {
+    REAL(clock_gettime);
+    int failed = real(which, now);
+    if (!failed && which == CLOCK_REALTIME) now->tv_sec += shift();
+    return failed;
+}
+
+time_t time(time_t *now) {
+    REAL(time);
+    time_t then = real(NULL) + shift();
+    if (now) *now = then;
+    return then;
 }

@@ -24,7 +24,7 @@ from tinylm.sweep import cells
 from tinylm.train import loop
 from tinylm.verbs.care import CLOCKS
 
-SMALL = ("--model.V", 96, "--model.D", 8, "--model.T", 32, "--batch", 64, "--steps", 9)
+SMALL = ("--model.V", 96, "--model.D", 8, "--model.T", 128, "--batch", 128, "--steps", 9)
 HARMS = ("cut", "empty", "missing")  # and a flipped bit, any number of times
 
 
@@ -37,17 +37,28 @@ class World:
         (folder / "talks.jsonl").write_text("".join(json.dumps({"messages": [
             {"role": "user", "content": a}, {"role": "assistant", "content": a + b}]}) + "\n"
             for a in "bdgkl" for b in "aeiou"))
+        (folder / "ranked.jsonl").write_text("".join(json.dumps({
+            "prompt": a, "chosen": a + a, "rejected": b}) + "\n" for a in "bdgkl" for b in "ae"))
         files.write_json(folder / "sweep/sweep.json", {"runs": {cells.name(c): {} for c in GRID}})
         for config in GRID:
             files.write_json(folder / "sweep" / cells.name(config) / "record.json", record(config))
         self.again = {
             "run": ("train", "--out", folder / "run", "--text", folder / "text", *SMALL),
             "sft": ("sft", folder / "run", "--out", folder / "sft", "--data",
-                    folder / "talks.jsonl", "--steps", 2)}
+                    folder / "talks.jsonl", "--steps", 2),
+            "reward": ("reward", folder / "sft", "--out", folder / "reward", "--data",
+                       folder / "ranked.jsonl", "--steps", 2),
+            "grpo": ("grpo", folder / "sft", "--out", folder / "grpo", "--family", "choice",
+                     "--policy.rollouts", 2, "--policy.budget", 4, "--policy.prompts", 2,
+                     "--policy.responses", 2)}
         self.loads = {
             "text": [self.again["run"]],
             "run": [("sample", folder / "run", "--prompt", "Ba"), self.again["run"]],
             "sft": [("chat", folder / "sft", "--prompt", "a"), self.again["sft"]],
+            "reward": [("best-of-n", folder / "sft", "--reward", folder / "reward", "--family",
+                        "choice", "--count", 2, "--samples", 2, "--n", 2, "--budget", 4),
+                       self.again["reward"]],
+            "grpo": [("chat", folder / "grpo", "--prompt", "a"), self.again["grpo"]],
             "sweep": [("fit", folder / "sweep")],
             "forecast.json": [("check", folder / "forecast.json", folder / "run")]}
         self.ok(trained(self.corpus, folder / "whole"))
@@ -114,13 +125,15 @@ def world(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", [
-    "text", "run", "sweep", "forecast.json", pytest.param("sft", marks=pytest.mark.slow)])
+    "text", "run", "sweep", "forecast.json",
+    *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("sft", "reward", "grpo"))])
 def test_harm_to_what_is_finished_is_named_by_the_next_command(world, tally, kind):
-    trials = 0
-    if kind == "sft":
-        world.ok(tinylm(*world.again["sft"]))
+    trials = flips = 0
+    if kind in ("sft", "reward", "grpo"):
+        for made in dict.fromkeys(("sft", kind)):
+            world.ok(tinylm(*world.again[made]))
     for path in tally.chosen(world.kept(kind), 20):
-        for harm in harms(path, tally.many(1, 100)):
+        for harm in harms(path, tally.many(1, 60)):
             if path.name in CLOCKS and harm in HARMS:  # rows of clocks may be thrown away
                 continue
             with harmed(path, harm, tally.rng) as what:
@@ -132,10 +145,11 @@ def test_harm_to_what_is_finished_is_named_by_the_next_command(world, tally, kin
                     or f"{path.parent} is no finished run (no {path.name})" in said)]
                 assert named, f"--draw {tally.seed}: {what}, and in silence: " + " | ".join(
                     d.stderr for d in done)
-            trials += 1
+            trials, flips = trials + 1, flips + (harm == "flip")
     for load in world.loads[kind]:
         assert kind == "forecast.json" or tinylm(*load).returncode == 0
-    tally(f"{kind}: a flipped bit, a cut, an emptied, a missing file", trials, "named each time")
+    tally(f"{kind}: a flipped bit, a cut, an emptied, a missing file", trials,
+          f"named each time; {flips} of them single bits")
 
 
 @pytest.mark.slow
@@ -143,7 +157,7 @@ def test_harm_to_a_run_that_goes_on_is_named_or_announced_and_comes_to_the_same_
         world, tally, tmp_path):
     begun, out = world.folder / "begun", tmp_path / "begun"
     newest = max(begun.glob("checkpoints/step-*"))
-    trials = announced = 0
+    trials = flips = announced = 0
     for path in tally.chosen([p for p in world.kept("begun") if p.name not in CLOCKS], 30):
         for harm in harms(path, tally.many(1, 15)):
             shutil.copytree(begun, out, symlinks=True)
@@ -158,7 +172,7 @@ def test_harm_to_a_run_that_goes_on_is_named_or_announced_and_comes_to_the_same_
             else:
                 assert done.returncode == 2 and path.name in done.stderr, said
             shutil.rmtree(out)
-            trials += 1
+            trials, flips = trials + 1, flips + (harm == "flip")
     assert announced or not tally.place  # a sample may hold no newest checkpoint
     tally("begun run: a flipped bit, a cut, an emptied, a missing file", trials,
-          f"named, or announced ({announced}) and the same bits")
+          f"named, or announced ({announced}) and the same bits; {flips} of them single bits")

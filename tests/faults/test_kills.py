@@ -34,36 +34,26 @@ class Workshop:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        (folder / "stories.txt").write_text("\n".join(story(n, 200) for n in range(40)))
-        (folder / "long.txt").write_text("\n".join(story(n, 600) for n in range(200)))
-        (folder / "talks.jsonl").write_text("".join(json.dumps({"messages": [
-            {"role": "user", "content": a}, {"role": "assistant", "content": a + b}]}) + "\n"
-            for a in "bdgkl" for b in "aeiou"))
-        for made in (("train", "--out", "base", "--corpus", "stories.txt", "--model.V", 96,
-                      "--model.D", 8, "--model.T", 128, "--batch", 256, "--steps", 4),
-                     ("sft", "base", "--out", "sft", "--data", "talks.jsonl", "--steps", 2)):
-            assert self.start(made).wait() == 0, self.said()
 
-    def start(self, words: tuple) -> subprocess.Popen:
+    def start(self, words: tuple, **env: str) -> subprocess.Popen:
         """Start a command, in a session of its own so that its workers can be killed with it."""
         command = [sys.executable, "-m", "tinylm", *(str(w) for w in words)]
         with open(self.folder / "said.txt", "w") as said:
             return subprocess.Popen(command, cwd=self.folder, start_new_session=True,
-                                    stdout=said, stderr=said)
+                                    env=os.environ | env, stdout=said, stderr=said)
 
     def said(self) -> str:
         """Give the end of what the last command said."""
         return (self.folder / "said.txt").read_text()[-2000:]
 
-    def begin(self, kind: str, name: str) -> tuple:
+    def begin(self, command: tuple, name: str) -> tuple:
         """Bind a new run to many checkpoints, as its own plan would not at this size."""
-        out = self.folder / name
-        if kind in ("train", "sft", "grpo"):
-            rows = 2 if kind == "train" else 4 if kind == "grpo" else 16
+        out, rows = self.folder / name, {"train": 2, "sft": 16, "grpo": 4}.get(command[0])
+        if rows:
             plan = machine.plan_for(rows, 32, 8, "cpu", 2)
             every = dataclasses.replace(plan, chunk=16, checkpoint_every=32)
             files.write_json(out / "plan.json", dataclasses.asdict(every))
-        return tuple(name if word == "OUT" else word for word in COMMANDS[kind])
+        return tuple(name if word == "OUT" else word for word in command)
 
 
 def came_to(folder: Path) -> dict[str, str]:
@@ -80,14 +70,25 @@ def came_to(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory):
-    return Workshop(tmp_path_factory.mktemp("workshop"))
+    """With a corpus, conversations, and a run that is tuned on them."""
+    shop = Workshop(tmp_path_factory.mktemp("workshop"))
+    (shop.folder / "stories.txt").write_text("\n".join(story(n, 200) for n in range(40)))
+    (shop.folder / "long.txt").write_text("\n".join(story(n, 600) for n in range(200)))
+    (shop.folder / "talks.jsonl").write_text("".join(json.dumps({"messages": [
+        {"role": "user", "content": a}, {"role": "assistant", "content": a + b}]}) + "\n"
+        for a in "bdgkl" for b in "aeiou"))
+    for made in (("train", "--out", "base", "--corpus", "stories.txt", "--model.V", 96,
+                  "--model.D", 8, "--model.T", 128, "--batch", 256, "--steps", 4),
+                 ("sft", "base", "--out", "sft", "--data", "talks.jsonl", "--steps", 2)):
+        assert shop.start(made).wait() == 0, shop.said()
+    return shop
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", list(COMMANDS))
 def test_a_command_killed_at_random_moments_comes_to_the_same_bits(workshop, tally, kind):
     whole = workshop.folder / f"whole-{kind}"
-    words = workshop.begin(kind, whole.name)
+    words = workshop.begin(COMMANDS[kind], whole.name)
     began = time.monotonic()
     assert workshop.start(words).wait() == 0, workshop.said()
     took, expected = time.monotonic() - began, came_to(whole)
@@ -95,7 +96,7 @@ def test_a_command_killed_at_random_moments_comes_to_the_same_bits(workshop, tal
     kills = ends = 0
     while kills < wanted or not ends:
         out = workshop.folder / f"killed-{kind}"
-        words = workshop.begin(kind, out.name) if not out.exists() else words
+        words = workshop.begin(COMMANDS[kind], out.name) if not out.exists() else words
         running = workshop.start(words)
         try:
             after = float(tally.rng.uniform(0.3 * took, 1.0 * took)) if kills < wanted else 600

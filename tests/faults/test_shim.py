@@ -14,14 +14,18 @@ pytestmark = [pytest.mark.slow,
               pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")]
 
 
+def compiled(folder: Path) -> Path:
+    """Compile what stands between a process and its system; give the library to preload."""
+    shim, source = folder / "shim.so", Path(__file__).with_name("shim.c")
+    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", shim, source, "-ldl"], check=True)
+    return shim
+
+
 class Shimmed:
     """A training command that can be run on a failing disk."""
 
     def __init__(self, folder: Path):
-        self.folder, self.shim = folder, folder / "shim.so"
-        source = Path(__file__).with_name("shim.c")
-        subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", self.shim, source, "-ldl"],
-                       check=True)
+        self.folder, self.shim = folder, compiled(folder)
         (folder / "stories.txt").write_text("\n".join(story(n, 30) for n in range(20)))
 
     def run(self, out: Path, kind: str = "crash", at: int = 0) -> tuple[int, str, int]:

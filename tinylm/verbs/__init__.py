@@ -33,7 +33,7 @@ def load(chosen: str | None) -> dict[str, Callable[..., None]]:
 
 
 def _stand_in(source: Path, function: str) -> Callable[[], None]:
-    tree = ast.parse(source.read_text())
+    tree = ast.parse(source.read_text("utf-8"))
     node = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == function)
 
     def verb() -> None:
