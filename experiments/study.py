@@ -116,7 +116,8 @@ def forecasted(out: Path, study: Study, models: list[ModelConfig], data: Dataset
         runs, ids, eval_id = law.runs_of(records)
         forecast.write(place, forecast.make(
             runs, ids, target.flops, target.params, target.tokens, eval_id, study.name,
-            rough=True, warning=law.tuning_gate(verdict)))
+            sigma=law.noise(records), clusters=law.clusters(records), rough=True,
+            warning=law.tuning_gate(verdict)))
     sha = files.sha256(place)
     progress.say(progress.forecast(forecast.read(place), sha))
     return replace(cells.config(target, models, study.optim, study.rule, study.batch, data.id),

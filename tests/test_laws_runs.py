@@ -39,8 +39,8 @@ def test_two_of_three_sizes_suffice_and_exact_flops_are_kept(tmp_path):
     ("params,tokens,loss\n3e8,6e9,2,85\n", ("runs.csv:2", "4 fields", "header 3")),
     ("params,tokens,loss\n6,795,600,349,2e10,3\n", ("runs.csv:2", "6 fields", "without commas")),
     ("params,tokens,Loss,loss\n1,2,3,3\n", ("two columns 'Loss'",)),
-    ("params,flops,loss\n70,1e18,3\n", ("tokens a parameter", "from column 'params'", "counts")),
-    ("params,D,flops,loss\n1e6,512,1.2e15,3\n", ("tokens from column 'D'", "0.001", "counts")),
+    ("params,flops,loss\n70,1e18,3\n", ("tokens a parameter", "from 'params'", "counts")),
+    ("params,D,flops,loss\n1e6,512,1.2e15,3\n", ("tokens from 'D'", "0.001", "counts")),
 ])
 def test_bad_tables_are_refused_by_file_and_line(tmp_path, text, words):
     refused(lambda: read_csv(write(tmp_path, text)), *words)
@@ -54,6 +54,18 @@ def test_bad_tables_are_refused_by_file_and_line(tmp_path, text, words):
 def test_marks_delimiters_case_and_empty_ends_are_read_as_meant(tmp_path, text):
     runs = read_csv(write(tmp_path, text))
     assert [c.tolist() for c in runs[:4]] == [[10], [20], [1500], [3]]
+
+
+def test_what_was_read_and_what_was_not_told_apart_is_said(tmp_path):
+    said = []
+    path = write(tmp_path, "corpus,run,N,C,loss\nc4,1,10,1200,3\npile,2,20,1200,2.9\n")
+    read_csv(path, said=said)
+    assert said == ["read params from 'N', flops from 'C', loss from 'loss', "
+                    "tokens as FLOPs / 6 params",
+                    "not told apart: corpus c4, pile (--where corpus=... keeps one)"]
+    said.clear()
+    read_csv(path, {"corpus": "c4"}, said=said)
+    assert len(said) == 1
 
 
 def test_of_two_columns_the_named_one_is_read_and_a_pipe_is_a_table(tmp_path):

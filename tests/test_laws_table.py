@@ -14,6 +14,7 @@ from tinylm.laws.isoflop import minima
 from tinylm.laws.runs import Runs
 from tinylm.laws.table import cleaned, compare, fit_form, told
 from tinylm.verbs import laws as verbs
+from tinylm.verbs import plans
 
 SURFACE, COUPLED = LAWS[0], LAWS[1]
 
@@ -138,13 +139,51 @@ def test_any_csv_is_fitted_and_compared_by_the_verb(tmp_path, capsys):
     assert out["runs"] == 59 and len(out["dropped"]) == 1 and "sd" in str(out["bootstrap"])
     verbs.fit(path, bootstrap=20, objective="ls", drop_worst=1, **names)
     said = capsys.readouterr().out
-    assert said.startswith("dropped the 1 largest losses")
+    assert said.startswith("read params from 'size', tokens from 'data', loss from 'err'")
+    assert said.splitlines()[1].startswith("dropped the 1 largest losses")
+    assert "of 60 runs share a budget" in said or "of 59 runs share a budget" in said
     assert "alpha = 0." in said and "(sd 0.0" in said and "of 8 starts agree" in said
     verbs.fit(path, compare=True, drop_worst=1, **names)
     said = capsys.readouterr().out.splitlines()
-    assert said[0].startswith("dropped the 1 largest") and said[1].startswith("coupled: 0.")
+    assert said[1].startswith("dropped the 1 largest") and said[2].startswith("coupled: 0.")
     verbs.fit(path, compare=True, json=True, **names)
     assert json.loads(capsys.readouterr().out)["ranked"][0]["form"] == "coupled"
+
+
+def test_a_table_of_isoflop_runs_gives_its_curves_and_a_forecast(tmp_path, capsys):
+    rows = [(n, c / 6 / n) for c in np.geomspace(1e18, 1e20, 4)
+            for n in SURFACE.optimum(c)[0] * np.geomspace(0.25, 4, 7)]
+    params, tokens = np.array(rows).T
+    made = Runs(params, tokens, 6 * params * tokens, SURFACE.loss(params, tokens))
+    path = as_csv(tmp_path / "runs.csv", made, "N,D,loss")
+    path.write_text("corpus,N,D,loss\n" + "".join(
+        f"a,{line}\n" for line in path.read_text().splitlines()[1:]) + "b,1e9,2e10,9\n")
+    verbs.fit(path, where=("corpus=a",), json=True)
+    out = json.loads(capsys.readouterr().out)["curves"]
+    assert out["exponents"]["a"] == pytest.approx(SURFACE.beta / (SURFACE.alpha + SURFACE.beta),
+                                                  abs=0.01)
+    assert len(out["minima"]) == len(out["bias"]["percent"]) == 4
+    verbs.fit(path)
+    assert "best tokens ~ C^" in (said := capsys.readouterr().out)
+    assert "not told apart: corpus a, b (--where corpus=... keeps one)" in said
+    place = tmp_path / "f.json"
+    plans.forecast(path, 1e21, place, where=("corpus=a",), json=True)
+    out = json.loads(capsys.readouterr().out)
+    true = SURFACE.loss(out["params"], out["tokens"])
+    assert out["low"] < true < out["high"] and out["predicted"] == pytest.approx(true, rel=0.01)
+    assert out["params"] == pytest.approx(SURFACE.optimum(1e21)[0], rel=0.1)
+    assert "does not say how its runs were tuned" in out["warning"]
+    plans.forecast(path, 1e21, tmp_path / "g.json", params=1e9, where=("corpus=a",))
+    assert "1000000000 parameters" in capsys.readouterr().out
+    for words, more in (("--batch 512 is for a folder", {"batch": 512}),
+                        ("is not above the sweep's largest budget", {"flops": 1e20}),
+                        ("no COLUMN=VALUE", {"where": ("corpus",)}),
+                        ("has no column 'x'", {"where": ("x=1",)}),
+                        ("no runs with", {"where": ("corpus=z",)})):
+        with pytest.raises(BadInput, match=words):
+            plans.forecast(path, **{"flops": 1e21, "out": tmp_path / "h.json", **more})
+    with pytest.raises(BadInput, match="is for a CSV of runs and"):
+        plans.forecast(tmp_path, 1e21, place, params=1e9)
 
 
 def test_a_hundred_thousand_rows_are_read_fitted_and_compared(tmp_path, capsys):

@@ -49,9 +49,9 @@ def test_a_wild_exponent_does_not_choose_a_wild_target():
 
 
 def test_rates_best_at_an_edge_are_said_before_the_forecast():
-    def tried(lr, loss):
-        return {"config": {"model": {"D": 16}, "steps": 9, "optim": {"lr": lr}},
-                "loss": {"nats_per_token": loss}}
+    def tried(lr, loss, batch=8):
+        return {"config": {"model": {"D": 16}, "steps": 800 // batch, "batch": batch,
+                           "optim": {"lr": lr}}, "loss": {"nats_per_token": loss}}
 
     edge = law.tuning_verdict([tried(1e-3, 4.0), tried(2e-3, 3.9), tried(4e-3, 3.8)])
     warning = law.tuning_gate(edge)
@@ -66,10 +66,30 @@ def test_rates_best_at_an_edge_are_said_before_the_forecast():
     both = law.tuning_verdict([tried(1e-3, 3.85), tried(2e-3, 3.9), tried(4e-3, 3.8)])
     assert not both[0]["at_edge"]  # no rate is worse than both its neighbours: seeds decided
     assert "no learning rates were compared" in law.tuning_gate([])
+    grid = [tried(lr, 3.9 - 0.1 * (b == 8) + 0.1 * (lr != best), b)
+            for b, best in ((8, 2e-3), (16, 4e-3), (33, 4e-3)) for lr in (1e-3, 2e-3, 4e-3)]
+    assert [v["best"] for v in law.tuning_verdict(grid)] == [2e-3]  # the rates of the best batch
+    said = law.tuning_gate(law.tuning_verdict(grid), law.batch_verdict(grid))
+    assert said.startswith("the best batch lies at the edge of those tried (8 of 8 to 33 at width")
+    grid += [tried(2e-3, 3.9, 4)]
+    assert law.tuning_gate(law.tuning_verdict(grid), law.batch_verdict(grid)) == ""
+    assert law.batch_verdict(grid[:3]) == []
     made = forecast.Forecast(2, "n", 1e9, 1.0, 1.0, 3.0, 2.9, 3.1, {}, {}, "", {}, "held 7 of 9",
                              warning, 3.0, (), "e")
     said = progress.forecast(made, "0" * 64).splitlines()
     assert said[0] == f"WARNING: {warning}" and said[-1] == "held 7 of 9"
+
+
+def test_seeds_give_the_noise_and_branches_of_a_trunk_are_one_cluster():
+    def ended(name, seed, loss, trunk=""):
+        return {"id": name, "status": "ok", "kind": "pretrain", "loss": {"nats_per_token": loss},
+                "config": {"lr": 1, "seed": seed, "parent": {"id": trunk} if trunk else None}}
+
+    seeds = [ended("a", 0, 3.0), ended("b", 1, 3.1), {**ended("c", 2, 9.0), "status": "failed"}]
+    assert law.noise(seeds) == pytest.approx(0.1 / 2**0.5)
+    assert law.noise(seeds[:1]) == 0 and law.clusters(seeds) is None
+    branches = [ended("a", 0, 3.0, "t"), ended("b", 0, 2.9, "t"), ended("c", 0, 2.8)]
+    assert law.clusters(branches).tolist() == ["t", "t", "c"]
 
 
 def test_the_best_rate_is_the_basins_bottom_and_stays_within_the_rates_given():

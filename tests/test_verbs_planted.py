@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -109,6 +110,35 @@ def test_check_appends_once_to_a_ledger_beside_the_forecast_or_to_the_one_named(
     for ledger in (folder / "forecasts.csv", tmp_path / "other.csv"):
         lines = ledger.read_text().splitlines()
         assert len(lines) == 2 and told["sha256"] in lines[1]
+    moved = tmp_path / "moved/sweep"
+    for config in GRID[1:]:
+        files.write_json(moved / cells.name(config) / "record.json", record(config))
+    gone = tinylm("check", folder / "f.json", folder / "target", "--runs", moved)
+    assert gone.returncode == 2 and f"{identity(GRID[0])}, which {moved} has no more" in gone.stderr
+    shutil.copy(folder / "f.json", moved.parent)
+    other = record(GRID[0])
+    other["loss"]["nats_per_token"] += 0.01
+    files.write_json(moved / "x/record.json", other)
+    changed = tinylm("check", moved.parent / "f.json", folder / "target")  # its sweep lies beside
+    assert changed.returncode == 2 and "is scored with the runs it was made from" in changed.stderr
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (("--published",), "GPT-3: 1.746e+11 parameters, 3e+11 tokens, 3.14e+23 FLOPs (6ND 3.143e+23)"),
+    (("--params", 70e9, "--tokens", 1.4e12), "FLOPs: 6nd 5.88e+23"),
+    (("--model.V", 50257, "--model.D", 768, "--model.L", 12, "--model.H", 12, "--model.T", 1024),
+     "123,561,984 parameters: 0 embedding, 84,964,608 blocks, 38,597,376 head"),
+    (("--params", 1e9, "--model.D", 96), "are two models"), (("--tokens", "nan"), "tokens=nan is"),
+    (("--published", "--tokens", 5), "counts models of its own"),
+    (("--device", "abacus"), "device=abacus is not known")])
+def test_cost_counts_any_model_and_the_published_ones(words, said):
+    done = tinylm("cost", *words)
+    assert said in (done.stderr if done.returncode else done.stdout)
+    assert done.returncode in (0, 2) and bool(done.stderr) == bool(done.returncode)
+    if not done.returncode:
+        told = json.loads(tinylm("cost", *words, "--json").stdout)
+        one = told["models"][2] if "models" in told else told
+        assert one["bill"]["device_hours"] > 0
 
 
 def opened(folder, text):

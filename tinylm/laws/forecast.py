@@ -188,6 +188,19 @@ def check(forecast_path: Path, record: dict[str, Any]) -> Score:
                  100 * (forecast.naive / measured - 1))
 
 
+def unchanged(forecast_path: Path, ids: list[str], losses: np.ndarray, place: Path) -> None:
+    """Refuse (BadInput) a forecast whose runs are no longer those of a place, or their losses."""
+    now = dict(zip(ids, map(float, losses), strict=True))
+    for name, loss in read(forecast_path).runs:
+        if name not in now:
+            raise BadInput(f"{forecast_path} was made from run {name}, which {place} has no more; "
+                           "name the folder that it was made from with --runs")
+        if now[name] != loss:
+            raise BadInput(f"{forecast_path} was made from run {name} with {loss:.6g} nats and "
+                           f"{place} says {now[name]:.6g}; a forecast is scored with the runs it "
+                           "was made from")
+
+
 def append_to_ledger(path: Path, score: Score) -> bool:
     """Append a score to a CSV that only grows; False if that forecast is in it already."""
     path, header = Path(path), ",".join(Score._fields)

@@ -19,6 +19,8 @@ NAMES = {"params": ("params", "N", "Model Size"), "tokens": ("tokens", "D"),
 
 PER_PARAM, PER_SIX_ND = (1e-3, 1e6), (1e-2, 1e2)
 """median tokens a parameter, and FLOPs over 6ND, beyond which a column is of another unit"""
+MOST_KINDS = 9
+"""of a column of words, beyond which it names runs and does not sort them"""
 
 
 class Runs(NamedTuple):
@@ -37,12 +39,12 @@ class Runs(NamedTuple):
 
 
 def read_csv(path: Path, only: dict[str, str] | None = None,
-             columns: dict[str, str] | None = None) -> Runs:
+             columns: dict[str, str] | None = None, said: list[str] | None = None) -> Runs:
     """Read runs with params, tokens, flops (two suffice, by 6ND) and loss, maybe sigma, unique.
 
     Fields lie between commas, semicolons or tabs, as in the header. `only` keeps the rows whose
     columns have the given texts; `columns` names the columns that have other names than NAMES
-    knows. A bad row raises BadInput by file:line.
+    knows; `said` gets a line on which columns were read. A bad row raises BadInput by file:line.
     """
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
@@ -52,12 +54,15 @@ def read_csv(path: Path, only: dict[str, str] | None = None,
             header = [name.strip() for name in next(table, [])]
             at = _places(path, header, columns or {}, only or {})
             keys = [(header.index(k), v) for k, v in (only or {}).items()]
-            rows = []
+            rows, kept = [], [set() for _ in header]
             for row in table:
                 if any(row[len(header):]):
                     raise BadInput(f"{path}:{table.line_num} has {len(row)} fields and the header "
                                    f"{len(header)}; write numbers without commas or in quotes")
                 if row and all(i < len(row) and row[i] == v for i, v in keys):
+                    for kinds, text in zip(kept, row, strict=False):
+                        if len(kinds) < MOST_KINDS:
+                            kinds.add(text)
                     rows.append((table.line_num,
                                  [row[i] if i < len(row) else None for i in at.values()]))
     except (OSError, UnicodeDecodeError, csv.Error) as bad:
@@ -67,25 +72,35 @@ def read_csv(path: Path, only: dict[str, str] | None = None,
     lines, cells = zip(*rows, strict=True)
     got = {key: _column(path, lines, texts, header[at[key]])
            for key, texts in zip(at, zip(*cells, strict=True), strict=True)}
+    read = [f"{key} from {header[place]!r}" for key, place in at.items()]
     if "params" not in got:
+        read.append("params as FLOPs / 6 tokens")
         got["params"] = got["flops"] / six_nd(1, got["tokens"])
     if "tokens" not in got:
+        read.append("tokens as FLOPs / 6 params")
         got["tokens"] = got["flops"] / six_nd(got["params"], 1)
+    if "flops" not in got:
+        read.append("FLOPs as 6 params tokens")
     runs = Runs(**{"flops": six_nd(got["params"], got["tokens"]), **got})
-    _check_units(path, runs, {key: header[place] for key, place in at.items()})
+    _check_units(path, runs, ", ".join(read))
+    if said is not None:
+        said.append("read " + ", ".join(read))
+        said += [f"not told apart: {name} {', '.join(sorted(kinds))} (--where {name}=... keeps one)"
+                 for i, (name, kinds) in enumerate(zip(header, kept, strict=True))
+                 if i not in at.values() and 1 < len(kinds) < MOST_KINDS
+                 and not all(_is_number(text) for text in kinds if text)]
     return runs
 
 
 def _check_units(path, runs, read):
     """Refuse a table whose sizes cannot all be counts, such as parameters in millions."""
-    told = ", ".join(f"{key} from column {name!r}" for key, name in read.items() if key in SIZES)
     for name, values, (low, high) in (
             ("tokens a parameter", runs.tokens / runs.params, PER_PARAM),
             ("FLOPs over 6 x params x tokens", runs.flops / six_nd(runs.params, runs.tokens),
              PER_SIX_ND)):
         if not low <= (middle := float(np.median(values))) <= high:
             raise BadInput(f"{path}: the median of {name} is {middle:.3g}, not within {low:g} to "
-                           f"{high:g} ({told}); give counts, not millions, or name other columns")
+                           f"{high:g} ({read}); give counts, not millions, or name other columns")
 
 
 def distinct(runs: Runs) -> Runs:

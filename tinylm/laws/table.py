@@ -1,5 +1,7 @@
 """Fit anybody's table of runs by the name of a law, and rank the laws by what they forecast."""
 
+import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
@@ -7,7 +9,7 @@ import numpy as np
 from tinylm.config import BadInput
 from tinylm.laws.fit import Estimator, Fit, fit_frontier, fit_law, resample
 from tinylm.laws.forms import Coupled, DataConstrained, Kaplan, OverTraining, Saturating, Surface
-from tinylm.laws.isoflop import Minimum, minima
+from tinylm.laws.isoflop import Minimum, bias, exponents, group, minima
 from tinylm.laws.runs import Runs, distinct, drop_worst
 
 Form = Literal["chinchilla", "coupled", "saturating", "kaplan", "overtraining", "data-constrained",
@@ -64,6 +66,32 @@ def told(fit: Fit, resamples: int = 0) -> dict[str, Any]:
     return out
 
 
+def curves(runs: Runs) -> dict[str, Any]:
+    """Give the isoFLOP minima, the exponents of the best size and tokens, and the method's bias.
+
+    What the runs do not show says why under `refused`; a number that is none is None.
+    """
+    labels = group(runs.flops)
+    sizes = np.unique(np.stack([labels, np.log(runs.params).round(6)]), axis=1)[0].astype(int)
+    curved = int((np.bincount(sizes)[labels] >= 4).sum())
+    if curved < len(labels) / 2:
+        why = {"refused": f"{curved} of {len(labels)} runs share a budget (FLOPs within 3%) with "
+                          "3 other sizes or more; isoFLOP curves need most runs to"}
+        return {"minima": [], "exponents": why, "bias": why}
+    found = minima(runs)
+    return {"minima": [{k: _finite(v) for k, v in m._asdict().items()} for m in found],
+            "exponents": or_why(lambda: exponents(found)._asdict()),
+            "bias": or_why(lambda: {"percent": [b._asdict() for b in bias(runs)]})}
+
+
+def or_why(make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Give what is made, or under `refused` why it cannot be."""
+    try:
+        return make()
+    except BadInput as refusal:
+        return {"refused": str(refusal)}
+
+
 def compare(runs: Runs, estimator: Estimator = "huber", delta: float = 1e-3,
             ceiling: float = 0.0) -> list[dict[str, Any]]:
     """Rank the laws by rolling-origin error: fit below a cut of compute, forecast what lies above.
@@ -117,6 +145,13 @@ def _rolled(splits, form, estimator, delta, ceiling):
 def _fit_minima(found: list[Minimum], form):
     found = found[-4:] if form == "power-law-last4" else found
     return fit_frontier([m.flops for m in found], [m.loss for m in found], form == "frontier")
+
+
+def _finite(value: Any) -> Any:
+    """Give None for a number that is none, in a tuple as well."""
+    if isinstance(value, tuple):
+        return [_finite(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _columns(found: list[Minimum]) -> Runs:

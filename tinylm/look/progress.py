@@ -21,6 +21,8 @@ if not console.is_terminal:
     console = Console(stderr=True, width=120)
 COMPILE_SECONDS = 5.0
 """to start and compile one shape, over two workers"""
+SHOWN = 12
+"""budgets of a table, of those that it has"""
 QUIET_SECONDS = 15.0
 """between two lines of progress where there is no terminal"""
 
@@ -165,39 +167,53 @@ def tuning(verdict: list[dict[str, Any]]) -> str:
 def law(fitted: dict[str, Any]) -> str:
     """Give the exponents and the frontier in lines."""
     e, f = fitted["exponents"], fitted["frontier"]
-    refused = [m for m in fitted["minima"] if not m["bracketed"]]
-    lines = [f"budget {m['flops']:.2e}: no minimum, {m['reason']}" for m in refused]
+    lines = curves(fitted)
     if "refused" in e or "refused" in f:
-        return "\n".join([*lines, e.get("refused", ""), f.get("refused", "")])
-    lines.append(f"best size ~ C^{e['a']:.3f} (se {e['a_se']:.3f}), best loss = "
-                 f"{f['A']:.3g} C^-{f['gamma']:.4f}")
-    if off := fitted["bias"].get("percent"):
-        worst = max(off, key=lambda b: abs(b["params_percent"]))
-        lines.append(f"on this grid the parabola misplaces the best size by up to "
-                     f"{worst['params_percent']:+.1f}% (at {worst['flops']:.2e} FLOPs)")
+        return "\n".join(filter(None, [*lines, f.get("refused", "")]))
+    lines.append(f"best loss = {f['A']:.3g} C^-{f['gamma']:.4f}")
     if "refused" not in fitted["conventions"]:
         lines.append("exponent by convention: " + ", ".join(
             f"{k} {x['a']:.3f}" for k, x in fitted["conventions"].items()))
     return "\n".join(lines)
 
 
-def fitted(told: dict[str, Any], dropped: list[str]) -> str:
+def curves(found: dict[str, Any]) -> list[str]:
+    """Give the isoFLOP minima, their exponents and the method's bias in lines."""
+    e = found["exponents"]
+    lines = [f"budget {m['flops']:.3g}: best size {m['params']:.3g} on {m['tokens']:.3g} tokens, "
+             f"{m['loss']:.4f} nats" if m["bracketed"] else
+             f"budget {m['flops']:.3g}: no minimum, {m['reason']}" for m in found["minima"][:SHOWN]]
+    if (more := len(found["minima"]) - SHOWN) > 0:
+        lines.append(f"and {more} more budgets")
+    if "refused" in e:
+        return [*lines, e["refused"]]
+    lines.append(f"best size ~ C^{e['a']:.3f} (se {e['a_se']:.3f}), best tokens ~ C^{e['b']:.3f} "
+                 f"(se {e['b_se']:.3f})")
+    if off := found["bias"].get("percent"):
+        worst = max(off, key=lambda b: abs(b["params_percent"]))
+        lines.append(f"on this grid the parabola misplaces the best size by up to "
+                     f"{worst['params_percent']:+.1f}% (at {worst['flops']:.2e} FLOPs)")
+    return lines
+
+
+def fitted(told: dict[str, Any], first: list[str]) -> str:
     """Give one law's constants, with their errors where resampled, and its certificate."""
     c, spread = told["certificate"], told.get("bootstrap", {}).get("constants", {})
-    lines = [*dropped, f"{told['runs']} runs, objective {told['objective']:.10g}, residuals "
+    lines = [*first, f"{told['runs']} runs, objective {told['objective']:.10g}, residuals "
                        f"{told['residual_sd']:.4f} (sd)"]
     for name, value in told["law"].items():
         s = spread.get(name)
         lines.append(f"  {name} = {value:.6g}" + (
             f"  (sd {s['sd']:.4g}, 95% {s['low95']:.4g} to {s['high95']:.4g})" if s else ""))
+    lines += curves(told["curves"]) if "curves" in told else []
     return "\n".join([*lines, f"{c['agree_share']:.0%} of {c['starts']} starts agree, gradient "
                               f"{c['gradient_norm']:.1e}, condition {c['condition']:.3g}"
                       + (f", AT ITS LIMIT: {', '.join(c['at_bound'])}" if c["at_bound"] else "")])
 
 
-def ranked(rows: list[dict[str, Any]], dropped: list[str]) -> str:
+def ranked(rows: list[dict[str, Any]], first: list[str]) -> str:
     """Give the laws in order of how well they forecast, and why some could not."""
-    return "\n".join([*dropped, *(
+    return "\n".join([*first, *(
         f"{r['form']}: no law {r['refused']}" if "refused" in r else
         f"{r['form']}: {r['mean_percent']:.2f}% off (mean of {r['forecasts']} forecasts from "
         f"{r['cuts']} cuts; worst {r['worst_percent']:.2f}%, bias {r['bias_percent']:+.2f}%)"
@@ -216,9 +232,46 @@ def planned(made: Proposal, device: str) -> str:
                  f"{e.loss:.3f} if the pilot's law holds, standard error {e.stderr:.4f}, form risk "
                  f"{e.form_risk:.4f} nats (" + ", ".join(f"{k} {v:+.4f}" for k, v in
                                                         e.biases.items()) + ")")
-    lines += [f"{what}: {b.flops:.2e} FLOPs, {b.device_hours:.3g} hours of {device}, "
-              f"${b.dollars:.2f}" for what, b in (("sweep", made.sweep), ("run", made.run))]
+    lines += [f"{what}: {b.flops:.2e} FLOPs, {_hours(b._asdict(), device)}"
+              for what, b in (("sweep", made.sweep), ("run", made.run))]
     return "\n".join(lines)
+
+
+def costed(told: dict[str, Any], device: str) -> str:
+    """Lay out what a run takes."""
+    p, b = told["params"], told["bill"]
+    counted = (f"{p['total']:,} parameters: {p['embedding']:,} embedding, {p['blocks']:,} blocks, "
+               f"{p['head']:,} head; laws count {p['law']:,}" if isinstance(p, dict)
+               else f"{p:,.0f} parameters")
+    lines = [f"{counted}; {told['tokens']:,.0f} tokens", "FLOPs: " + ", ".join(
+        f"{k} {v:.4g}" for k, v in told["flops"].items()), _billed(b, device)]
+    if "activation_bytes" in told:
+        lines.append(f"activations {told['activation_bytes'] / 1e6:,.1f} MB a micro-batch")
+    return "\n".join(lines)
+
+
+def published(rows: list[dict[str, Any]], device: str) -> str:
+    """Lay out published models: what their makers state, 6ND beside it, and the bill."""
+    def number(value):
+        return "not published" if value is None else f"{value:.4g}"
+
+    return "\n".join(
+        f"{r['name']}: {number(r['params'])} parameters, {number(r['tokens'])} tokens, "
+        f"{number(r['flops'])} FLOPs"
+        + (f" (6ND {r['six_nd']:.4g})" if r["six_nd"] else "")
+        + (f", {_hours(r['bill'], device)}" if r["bill"] else "")
+        + (f"; ESTIMATE, {r['estimate']}" if r["estimate"] else "") + f"; {r['source']}"
+        for r in rows)
+
+
+def _billed(b: dict[str, float], device: str) -> str:
+    return (f"{_hours(b, device)}; weights, gradients and optimiser "
+            f"{b['state_bytes'] / 1e9:,.4g} GB, on {b['devices']} or more")
+
+
+def _hours(b: dict[str, float], device: str) -> str:
+    paid = f", ${b['dollars']:,.2f}" if b["dollars"] else ""
+    return f"{b['device_hours']:,.4g} hours of {device}{paid}"
 
 
 def forecast(f: Forecast, sha: str) -> str:

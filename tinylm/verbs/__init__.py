@@ -7,9 +7,9 @@ from pathlib import Path
 
 VERBS = {
     "tokenizer": "runs.tokenizer", "train": "runs.train", "sweep": "runs.sweep", "fit": "laws.fit",
-    "forecast": "plans.forecast", "plan": "plans.plan", "check": "laws.check", "sft": "runs.sft",
-    "reward": "align.reward", "dpo": "align.dpo", "ppo": "align.ppo", "grpo": "align.grpo",
-    "best-of-n": "align.best_of_n",
+    "forecast": "plans.forecast", "plan": "plans.plan", "cost": "plans.cost", "check": "laws.check",
+    "sft": "runs.sft", "reward": "align.reward", "dpo": "align.dpo", "ppo": "align.ppo",
+    "grpo": "align.grpo", "best-of-n": "align.best_of_n",
     "eval": "runs.evaluate", "sample": "talk.sample", "chat": "talk.chat", "bench": "care.bench",
     "look": "see.look", "lens": "see.lens", "serve": "http.serve",
     "report": "care.report", "verify": "care.verify", "replay": "again.replay",

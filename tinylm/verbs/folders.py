@@ -66,6 +66,28 @@ def records(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
+def columns(runs: Path, **named: str) -> dict[str, str]:
+    """Give the columns of a CSV that were named; BadInput where the runs are a folder."""
+    given = {key: column for key, column in named.items() if column}
+    if given and runs.is_dir():
+        key, column = next(iter(given.items()))
+        raise BadInput(f"--{key}-col {column} is for a CSV and {runs} is a folder; leave it out")
+    return given
+
+
+def chosen(runs: Path, where: tuple[str, ...]) -> dict[str, str]:
+    """Read COLUMN=VALUE words about a CSV; BadInput where the runs are a folder."""
+    found = {}
+    for word in where:
+        column, equal, value = word.partition("=")
+        if runs.is_dir() or not equal:
+            raise BadInput(f"--where {word} is for a CSV and {runs} is a folder; leave it out"
+                           if runs.is_dir() else
+                           f"--where {word} is no COLUMN=VALUE; write one, such as corpus=c4")
+        found[column] = value
+    return found
+
+
 def text_of(folder: Path) -> Path:
     """Give the prepared folder of the runs in a folder; `TEXT` where none of them names it."""
     for place in sorted(folder.rglob("environment.json")):
