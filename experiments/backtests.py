@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tinylm.laws import intervals
-from tinylm.laws.blend import Target, blend, excess, said
+from tinylm.laws.blend import FLOORS, Target, blend, excess, floors, said
 from tinylm.laws.fit import fit_frontier, fit_surface, resample
 from tinylm.laws.forecast import naive
 from tinylm.laws.isoflop import Minimum, group, minima
@@ -37,7 +37,7 @@ CHINCHILLA = (6e18, 1e19, 3e19, 6e19, 1e20, 3e20, 6e20, 1e21, 3e21)  # nominal b
 LEAST_FACTOR = 1.4  # nearer targets are interpolation
 THREE = ("frontier_floor", "power_law_last4", "surface_near")  # the rule before, weighted equally
 LAWS = ("frontier_floor", "frontier_half_floor", "power_law", "power_law_last4", "surface_near",
-        "coupled_near", "coupled")
+        "coupled_near", "coupled")  # the last five are the blend's
 RULES = (*LAWS, "surface", "naive", "three", "equal", "blend")
 RESAMPLES = 400  # of the Chinchilla surface
 
@@ -62,6 +62,7 @@ class Row(NamedTuple):
     equal: float
     blend: float
     disagreement: float
+    floor: float
     within: float
     noise: float
     drift: float
@@ -78,7 +79,8 @@ class Row(NamedTuple):
     @property
     def scale(self) -> float:
         """Give the calibrated interval's scale."""
-        return intervals.Parts(self.disagreement, self.within, self.noise, self.drift).scale
+        return intervals.Parts(self.disagreement, self.floor, self.within, self.noise,
+                               self.drift).scale
 
 
 def every(folder: Path) -> list[Row]:
@@ -134,16 +136,20 @@ def beyond(study: str, runs: Runs, held: Runs) -> list[Row]:
 def forecasts(study: str, runs: Runs, budgets: np.ndarray, later: list[Minimum]) -> list[Row]:
     """Forecast some minima from one sweep by every rule."""
     blended, rows = blend(runs, budgets), []
-    surface = fit_surface(runs)
+    found, surface = blended.found, fit_surface(runs)
+    flops, loss = [m.flops for m in found], [m.loss for m in found]
+    alone = {"frontier_floor": fit_frontier(flops, loss, floor=True),
+             "frontier_half_floor": floors(found)[FLOORS.index(0.5)], "surface": surface}
     drawn = resample(surface, RESAMPLES)
     for m in later:
         target = Target(m.flops, m.params, m.tokens)
-        laws = {name: math.log(loss / m.loss) for name, loss in blended.predictions(target).items()}
+        joined = blended.predictions(target)
+        laws = {name: math.log(loss / m.loss) for name, loss in joined.items()}
+        laws |= {name: math.log(said(fit, found, target) / m.loss) for name, fit in alone.items()}
         errors = {**dict.fromkeys(LAWS, math.nan), **laws,
-                  "surface": math.log(said(surface, blended.found, target) / m.loss),
                   "naive": math.log(naive(blended.found, m.flops) / m.loss),
                   "three": float(np.mean([laws[name] for name in THREE if name in laws])),
-                  "equal": float(np.mean(list(laws.values()))),
+                  "equal": float(np.mean([laws[name] for name in joined])),
                   "blend": math.log(blended.predicted(target) / m.loss)}
         E, A, B, alpha, beta = drawn.T
         boots = np.log((E + A / m.params**alpha + B / m.tokens**beta) / m.loss)

@@ -101,7 +101,7 @@ if chinchilla:
 # ## Curves at equal compute, and forecasts from below
 #
 # Llama 3's runs, and Marin's on three corpora. From the first four budgets with a minimum, the
-# blend of seven laws forecasts every later minimum; its interval is calibrated on other studies,
+# blend of five laws forecasts every later minimum; its interval is calibrated on other studies,
 # these among them, so this shows what the interval looks like and not that it holds: for that see
 # the last figure, where every study is left out of its own calibration.
 

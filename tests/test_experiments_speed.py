@@ -1,11 +1,16 @@
 """What the timing experiments say of two small models: every plan is timed, memory is audited."""
 
 import csv
+import math
+from pathlib import Path
+from unittest import mock
 
 import pytest
-from command import experiment
+from command import experiment, loaded
+from test_stages_pretrain import story
 
-from tinylm import files
+from tinylm import bench, files
+from tinylm.model.decoder import ModelConfig
 
 
 @pytest.mark.slow
@@ -32,3 +37,30 @@ def test_a_step_s_memory_does_not_grow_with_its_batch(tmp_path):
     assert [(int(row["D"]), row["compute"]) for row in rows] == [
         (32, "f32"), (32, "bf16"), (64, "f32"), (64, "bf16")]
     assert all(0 < float(row["utilisation"]) < 2 for row in rows)
+
+
+@pytest.mark.slow
+def test_training_is_timed_with_and_without_checkpoints(tmp_path):
+    (tmp_path / "stories.txt").write_text("\n".join(story(n, 200) for n in range(40)))
+    with mock.patch.dict(bench.SHAPES, toy=(ModelConfig(V=96, D=8, T=32), 2)):
+        done = experiment("checkpoint_cost", "--out", tmp_path / "out", "--shapes", "toy",
+                          "--corpus", tmp_path / "stories.txt", "--rounds", 1, "--seconds", 0.1,
+                          "--every", 0.02, "--results", tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = files.read_json(tmp_path / "checkpoint_cost.json")["shapes"]["toy"]
+    assert found["steps"] >= found["steps_between"] and len(found["slowdown_percent"]) == 1
+    assert found["checkpoint_bytes"] > 1e4 and found["verified_bytes_per_second"] > 1e5
+
+
+def test_the_held_out_run_is_varied_at_its_own_flops_and_size():
+    with loaded("held_out_choices") as own:
+        held = own["read"](own["LAPTOP"] / "target/record.json")
+        config = own["from_json"](own["PretrainConfig"], held["config"], "config")
+        ways = own["choices"](config, held, own["Args"](Path("x")))
+    assert list(ways) == ["seed 1", "1 layers", "4 layers", "batch 1024", "batch 2048"]
+    for way in ways.values():
+        assert way.flops == pytest.approx(held["flops"]["exact"], rel=2e-3)
+        assert way.forecast_sha256 == "" and way != config
+    assert ways["4 layers"].model.D < config.model.D < ways["1 layers"].model.D
+    assert ways["batch 2048"].optim.lr == pytest.approx(2 * config.optim.lr)
+    assert math.isclose(ways["seed 1"].tokens, config.tokens)

@@ -136,6 +136,21 @@ def test_what_is_written_is_on_the_disk_before_it_is_said_to_be(tmp_path, monkey
     assert done[-1] == tmp_path.stat().st_ino
 
 
+def test_every_flipped_bit_of_a_log_of_rows_is_met_by_readers_and_writers(tmp_path):
+    log = tmp_path / "log.jsonl"
+    files.append_row(log, {"a": 1})
+    files.append_row(log, {"b": "two"})
+    whole = log.read_bytes()
+    for bit in range(8 * len(whole)):
+        data = bytearray(whole)
+        data[bit // 8] ^= 1 << bit % 8
+        log.write_bytes(data)
+        with pytest.raises(files.Damaged, match="log.jsonl:[12] was changed"):
+            files.read_rows(log)
+    with pytest.raises(files.Damaged, match="log.jsonl:2 was changed"):  # the last line's end
+        files.append_row(log, {"c": 3})
+
+
 def test_a_row_torn_off_by_a_kill_is_cut_by_the_next_writer(tmp_path):
     log = tmp_path / "log"
     files.append_row(log, {"a": 1})

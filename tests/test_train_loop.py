@@ -70,6 +70,40 @@ def test_a_checkpoint_too_large_for_its_disk_is_an_os_error_and_the_one_before_s
     assert (kept.params["w"] == 1).all()
 
 
+def test_a_state_is_written_as_it_was_while_training_goes_on(tmp_path):
+    state = State({"w": np.zeros(9, np.float32)}, {}, {}, np.int32(1))
+    with checkpoint.Saver(tmp_path) as saver:
+        for step in (1, 2, 3):
+            saver.save(state._replace(step=np.int32(step)), logs=step)
+            state.params["w"] += 1  # as a donated buffer is used again
+        saver.wait()
+        kept, facts = checkpoint.newest(tmp_path, state, None)
+    assert (kept.params["w"] == 2).all() and facts["logs"] == 3
+    assert [p.name for p in checkpoint.steps(tmp_path)] == ["step-00000002", "step-00000003"]
+
+
+def test_a_failed_write_is_told_by_the_next_call_or_at_the_end(tmp_path, monkeypatch):
+    state, place = State({}, {}, {}, np.int32(1)), tmp_path / "checkpoints"
+
+    def full(*args, **facts):
+        raise OSError(28, "No space left on device", str(place))
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    for then in ("check", "wait", "save"):
+        with checkpoint.Saver(place) as saver:
+            saver.save(state)
+            while not saver._writing.done():
+                pass
+            with pytest.raises(OSError, match="No space left"):
+                getattr(saver, then)(*([state] if then == "save" else []))
+            saver.check()  # it is told once
+    with pytest.raises(OSError, match="No space left"), checkpoint.Saver(place) as saver:
+        saver.save(state)
+    with pytest.raises(KeyError, match="first"), checkpoint.Saver(place) as saver:
+        saver.save(state)
+        raise KeyError("first")
+
+
 @pytest.mark.parametrize(("grace", "codes"), [("0.05", [75]), ("", []), ("60", [])])
 def test_a_signal_grants_the_grace_that_there_is(monkeypatch, capsys, grace, codes):
     monkeypatch.setenv("TINYLM_GRACE", grace)
@@ -170,6 +204,40 @@ def test_a_run_goes_on_from_its_newest_sound_checkpoint_to_the_same_bits(
     damaged = harm in ("flip", "manifest")
     assert first == (16 if damaged else 20)
     assert ("passing by a damaged checkpoint" in capfd.readouterr().err) == damaged
+
+
+def test_a_write_that_fails_behind_the_training_stops_it_at_the_next_chunk(tmp_path, monkeypatch):
+    toy, check = Toy(tmp_path), checkpoint.Saver.check
+
+    def full(*args, **facts):
+        raise OSError(28, "No space left on device", str(tmp_path))
+
+    def checked(saver):  # as if every chunk took longer than a write
+        while saver._writing and not saver._writing.done():
+            pass
+        check(saver)
+
+    with monkeypatch.context() as changed:
+        changed.setattr(checkpoint, "save", full)
+        changed.setattr(checkpoint.Saver, "check", checked)
+        with pytest.raises(OSError, match="No space left"):
+            toy.run()
+    first = toy.plan.checkpoint_every
+    assert len((tmp_path / "metrics.jsonl").read_bytes().splitlines()) == first // 4
+    assert checkpoint.steps(tmp_path / "checkpoints") == []
+
+
+def test_a_slow_write_is_waited_for_and_the_last_checkpoint_stays_alone(whole, tmp_path,
+                                                                       monkeypatch):
+    save = checkpoint.save
+
+    def slow(*args, **facts):
+        time.sleep(0.1)
+        return save(*args, **facts)
+
+    monkeypatch.setattr(checkpoint, "save", slow)
+    assert Toy(tmp_path).run()[0] == whole[0]
+    assert [p.name for p in checkpoint.steps(tmp_path / "checkpoints")] == ["step-00000030"]
 
 
 def test_a_log_that_was_edited_before_its_checkpoint_stops_the_run(tmp_path):

@@ -91,8 +91,7 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with _named(path), open(path, "a+b") as f:
         f.seek(0)
-        before = f.read()
-        f.truncate(before.rfind(b"\n") + 1)
+        f.truncate(len(_untorn(path, f.read())))
         f.write(_sealed_row(row).encode() + b"\n")
         f.flush()
         os.fsync(f.fileno())
@@ -102,17 +101,36 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """Read the rows of `append_row`; a changed one raises Damaged, a torn last one is none yet."""
     rows, path = [], Path(path)
     whole = path.read_bytes() if path.exists() else b""
-    for number, line in enumerate(whole[:whole.rfind(b"\n") + 1].splitlines(), 1):
-        try:
-            row = json.loads(line)
-            row.pop("sha256")
-            if _sealed_row(row).encode() != line:
-                raise ValueError
-        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-            raise Damaged(f"{path}:{number} was changed after it was written; delete that line"
-                          ) from None
+    for number, line in enumerate(_untorn(path, whole).splitlines(), 1):
+        if (row := _row(line)) is None:
+            raise _changed_row(path, number)
         rows.append(row)
     return rows
+
+
+def _untorn(path: Path, whole: bytes) -> bytes:
+    """Give a log without the row that a killed writer tore off at its end.
+
+    A row that is whole but for the byte after it was not torn: its line end was changed (Damaged).
+    """
+    kept = whole[:whole.rfind(b"\n") + 1]
+    if _row(whole[len(kept):-1]) is not None:
+        raise _changed_row(path, kept.count(b"\n") + 1)
+    return kept
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """Read a sealed row; None for anything else."""
+    try:
+        row = json.loads(line)
+        row.pop("sha256")
+        return row if _sealed_row(row).encode() == line else None
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        return None
+
+
+def _changed_row(path: Path, number: int) -> Damaged:
+    return Damaged(f"{path}:{number} was changed after it was written; delete that line")
 
 
 def _sealed_row(row: dict[str, Any]) -> str:

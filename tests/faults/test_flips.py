@@ -42,6 +42,7 @@ class World:
         files.write_json(folder / "sweep/sweep.json", {"runs": {cells.name(c): {} for c in GRID}})
         for config in GRID:
             files.write_json(folder / "sweep" / cells.name(config) / "record.json", record(config))
+        files.append_row(folder / "sweep/workers.jsonl", {"workers": 2, "wall_seconds": 1.0})
         self.again = {
             "run": ("train", "--out", folder / "run", "--text", folder / "text", *SMALL),
             "sft": ("sft", folder / "run", "--out", folder / "sft", "--data",

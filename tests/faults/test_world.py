@@ -3,6 +3,7 @@ a clock that was set back a day.
 """
 
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -38,8 +39,11 @@ class World(Workshop):
             assert 86_000 < time.time() - float(told.stdout) < 86_500, told
         (folder / "stories.txt").write_text("\n".join(
             "Übermut ist — ∞ — " + story(n, 200) for n in range(40)), encoding="utf-8")
-        (folder / "words.txt").write_text("\n".join(" ".join(
-            f"{(7 * n * n + 13 * m) % 6007:x}" for m in range(300)) for n in range(200)))
+        draw = random.Random(0)
+        words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(3, 8)))
+                 for _ in range(8000)]
+        (folder / "words.txt").write_text("\n".join(
+            " ".join(draw.choices(words, k=300)) for _ in range(200)))
 
     def preloaded(self) -> dict[str, str]:
         """Give what sets a process's clock a day back."""

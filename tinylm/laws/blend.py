@@ -1,8 +1,10 @@
 """Join several laws into one forecast, each weighted by how well it forecast inside the sweep.
 
 Rolling origin: from every cut that leaves 3 or more budgets each law predicts the later ones; its
-weight is one over the root mean square of those errors. Why these seven laws, and what the weights
-gain over equal ones: experiments/calibrate_intervals.py.
+weight is one over the mean square of those errors. Two power laws, which have no floor, and three
+surfaces, which fit one: why these, and what the weights gain over equal ones, is in
+experiments/calibrate_intervals.py. What a sweep does not tell is the floor, so the frontiers of
+given floors (`floors`) say how far off the forecast may be, not what it is.
 """
 
 import contextlib
@@ -20,10 +22,10 @@ from tinylm.laws.runs import Runs
 
 LEAST_BUDGETS = 3
 NEAR = 2.5  # `near` surfaces are fitted to runs within this factor of the best params
-HALF = 0.5  # the given floor of one frontier, as a share of the least loss
+FLOORS = (0.3, 0.5, 0.7)  # given to frontiers, as shares of the sweep's least loss
 STEP = 1.25  # a budget closer than this factor above a cut is no forecast
-PRIOR_RUNS, PRIOR_ERROR = 2, 0.003  # what a law's rolling errors are averaged with
-RULE = ("geometric mean of the laws, each weighted by one over its root mean square error in "
+PRIOR_RUNS, PRIOR_ERROR = 4, 0.006  # what a law's rolling errors are averaged with
+RULE = ("geometric mean of the laws, each weighted by one over its mean square error in "
         "forecasting the sweep's later budgets from its earlier ones")
 
 
@@ -79,11 +81,8 @@ def blend(runs: Runs, budgets: np.ndarray | None = None) -> Blend:
 def fit_all(runs: Runs, found: list[Minimum]) -> dict[str, Fit]:
     """Fit every law that these runs identify: frontiers to the minima, surfaces to the runs."""
     flops, loss = (np.array([getattr(m, k) for m in found]) for k in ("flops", "loss"))
-    bottoms, near = Runs(flops, flops, flops, loss), runs.keep(_near(runs, found))
+    near = runs.keep(_near(runs, found))
     makers = {
-        "frontier_floor": lambda: fit_frontier(flops, loss, floor=True),
-        "frontier_half_floor": lambda: fit_law(bottoms, Frontier, delta=math.inf,
-                                               E=HALF * float(loss.min())),
         "power_law": lambda: fit_frontier(flops, loss, floor=False),
         "power_law_last4": lambda: fit_frontier(flops[-4:], loss[-4:], floor=False),
         "surface_near": lambda: fit_law(near, Surface),
@@ -94,6 +93,14 @@ def fit_all(runs: Runs, found: list[Minimum]) -> dict[str, Fit]:
         with contextlib.suppress(BadInput):  # what the runs cannot identify is left out
             fits[name] = make()
     return fits
+
+
+def floors(found: list[Minimum]) -> list[Fit]:
+    """Fit frontiers of given floors to the minima."""
+    flops, loss = (np.array([getattr(m, k) for m in found]) for k in ("flops", "loss"))
+    bottoms = Runs(flops, flops, flops, loss)
+    return [fit_law(bottoms, Frontier, delta=math.inf, E=share * float(loss.min()))
+            for share in FLOORS]
 
 
 def said(fit: Fit, found: list[Minimum], target: Target) -> float:
@@ -124,11 +131,11 @@ def rolled(runs: Runs, found: list[Minimum]) -> dict[str, list[float]]:
 
 
 def weigh(names: list[str], errors: dict[str, list[float]]) -> dict[str, float]:
-    """Weight laws by one over the root mean square of their rolling errors; equal if none."""
+    """Weight laws by one over the mean square of their rolling errors; equal if none."""
     score = {}
     for name in names:
         squares = [e**2 for e in errors.get(name, [])] + [PRIOR_ERROR**2] * PRIOR_RUNS
-        score[name] = 1 / math.sqrt(sum(squares) / len(squares)) if errors else 1.0
+        score[name] = len(squares) / sum(squares) if errors else 1.0
     return {name: value / sum(score.values()) for name, value in score.items()}
 
 

@@ -1,6 +1,6 @@
 """Write a forecast down before the run it is about, and score it by content afterwards.
 
-Seven laws are joined by the weights of their rolling origins (`blend`), with an interval that past
+Five laws are joined by the weights of their rolling origins (`blend`), with an interval that past
 forecasts of other studies calibrate (`intervals`). Errors on published studies, by law and
 distance, and those of the rule before (a geometric mean of three laws): experiments/LOG.md.
 """
@@ -115,7 +115,7 @@ def make(runs: Runs, ids: list[str], target_flops: float, target_params: float,
             off["guess"] = guess / intervals.NORMAL_90
             width = math.hypot(width, guess)
             coverage = (f"{LEAST_BUDGETS} budgets give no law a chance to forecast a later one, so "
-                        f"a guess widens this interval; without it {coverage}")
+                        f"a guess widens this interval; {coverage}")
     used = sorted((str(i), float(loss)) for i, loss in zip(ids, runs.loss, strict=True))
     return Forecast(SCHEMA, name, *target, predicted, predicted * math.exp(-width),
                     predicted * math.exp(width), laws, weights, rule, off, coverage, warning,

@@ -1,8 +1,9 @@
 """Say how far a forecast may be off, by a scale that past forecasts of other studies calibrate.
 
-half-width = multiplier x root of the summed squares of four standard deviations of log loss: how
-far the laws disagree, how far their refits to noisy runs move, one run's own noise, and a drift
-in ln(target FLOPs / largest FLOPs fitted) for what no law in the blend knows. The multiplier is
+half-width = multiplier x root of the summed squares of five standard deviations of log loss: how
+far the laws disagree, how far frontiers of given floors lie from their forecast, how far refits to
+noisy runs move, one run's own noise, and a drift in ln(target FLOPs / largest FLOPs fitted) for
+what no law knows. The multiplier is
 the largest of past studies' own 90% quantiles of |error| / scale (calibration.json, written by
 experiments/calibrate_intervals.py). One quantile over all of them, tried first, held too few
 simulated studies of 5 budgets (experiments/LOG.md). Bootstrap intervals alone held the truth in
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tinylm import files
-from tinylm.laws.blend import Blend, Target, redrawn
+from tinylm.laws.blend import Blend, Target, floors, redrawn, said
 
 DRIFT = 0.005  # a unit of ln(factor): least interval score, experiments/calibrate_intervals.py
 NORMAL_90 = 1.645  # standard deviations on either side of a normal 90% interval
@@ -28,6 +29,7 @@ class Parts(NamedTuple):
     """What may be off, as standard deviations of log loss."""
 
     disagreement: float  # of the laws about their joined prediction, by their weights
+    floor: float  # of frontiers of given floors about that prediction
     within: float  # of the joined prediction when the runs' noise is drawn anew
     noise: float  # of one run
     drift: float  # of what no law knows, by distance
@@ -56,8 +58,10 @@ def parts(blended: Blend, target: Target, sigma: float = 0.0, resamples: int = 2
     within = float(np.diff(np.quantile(refits, [0.05, 0.95]))[0]) / 2 / NORMAL_90
     predicted = blended.predicted(target)
     top = float(blended.found[-1].flops)
-    return Parts(disagreement(blended, target), within, least / predicted,
-                 drift(target.flops / top))
+    given = [math.log(said(fit, blended.found, target) / predicted)
+             for fit in floors(blended.found)]
+    return Parts(disagreement(blended, target), math.sqrt(np.mean(np.square(given))), within,
+                 least / predicted, drift(target.flops / top))
 
 
 def half_width(off: Parts) -> float:
@@ -105,9 +109,10 @@ def coverage_told() -> str:
     """Say in a phrase how often intervals of this rule held, on studies they were not set by."""
     c = shipped()
     shares = [study["coverage"] for study in c["studies"].values()]
-    return (f"such 90% intervals held {min(shares):.0%} to {max(shares):.0%} of the forecasts of "
-            f"{len(shares)} studies, {c['coverage']:.0%} on average over them ({c['forecasts']} "
-            "forecasts; each study was left out of its own calibration)")
+    return (f"such 90% intervals, of 4 or more budgets, held {min(shares):.0%} to "
+            f"{max(shares):.0%} of the forecasts of {len(shares)} studies, {c['coverage']:.0%} on "
+            f"average over them ({c['forecasts']} forecasts; each study was left out of its own "
+            "calibration)")
 
 
 def rough_half_width(factor: float) -> float:

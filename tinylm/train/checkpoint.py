@@ -10,6 +10,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,50 @@ def save(folder: Path, state: State, **facts: Any) -> Path:
             raise
         raise OSError(int(code[1]), os.strerror(int(code[1])), str(place)) from None
     return place
+
+
+class Saver:
+    """Writes checkpoints behind the training, one at a time, from a copy in the host's memory.
+
+    A write that failed is raised by the next `check`, `save` or `wait`, or at the end.
+    """
+
+    def __init__(self, folder: Path, kept: tuple[int, ...] = ()):
+        self.folder, self.kept = folder, kept
+        self._thread, self._writing = ThreadPoolExecutor(1), None
+
+    def save(self, state: State, **facts: Any) -> None:
+        """Begin to write a state, whose buffers may be donated after that; keep the last two."""
+        self.wait()
+        copy = jax.tree.map(np.array, state)
+        self._writing = self._thread.submit(self._write, copy, facts)
+
+    def check(self) -> None:
+        """Raise what a write came to that has ended."""
+        if self._writing is not None and self._writing.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Let the write end, and raise what it came to."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _write(self, state: State, facts: dict[str, Any]) -> None:
+        save(self.folder, state, **facts)
+        keep_last(self.folder, 2, self.kept)
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, kind: Any, fault: BaseException | None, trace: Any) -> None:
+        try:
+            self.wait()
+        except Exception:
+            if fault is None:  # else what stopped the run is told
+                raise
+        finally:
+            self._thread.shutdown()
 
 
 @contextlib.contextmanager

@@ -98,11 +98,10 @@ def train(
         with clock.doing("save"):
             logs = [[size, files.sha256(m.log), ok]
                     for m, size, ok in zip(members, sizes, sound, strict=True)]
-            checkpoint.save(saves, state, logs=logs)
-            checkpoint.keep_last(saves, 2, kept)
+            saver.save(state, logs=logs)
         saved = done
 
-    with _signals() as stop:
+    with _signals() as stop, checkpoint.Saver(saves, kept) as saver:
         while left() > 0 and not over():
             n = min(plan.chunk, left(), *(k - done for k in kept if k > done))
             with clock.doing("input"):
@@ -110,6 +109,7 @@ def train(
                                 1 if plan.population == 1 else 2)
             state, metrics = chunk(state, batches, n)
             settle()
+            saver.check()
             pending, done = (done, n, metrics), done + n
             clock.last_step = done
             if probe and probe_every and done // probe_every > (done - n) // probe_every:
@@ -120,6 +120,8 @@ def train(
             if stop() and left() > 0:
                 settle()
                 save()
+                with clock.doing("save"):
+                    saver.wait()
                 raise Stopped(f"stopped at step {done}; the same command goes on")
             if left() > 0 and (done in kept or done - saved >= plan.checkpoint_every):
                 settle()
@@ -128,7 +130,9 @@ def train(
         settle()
         if any(sound) and saved < done:
             save()
-        checkpoint.keep_last(saves, 1, kept)
+        with clock.doing("save"):
+            saver.wait()
+            checkpoint.keep_last(saves, 1, kept)
     return state, sound
 
 

@@ -58,6 +58,8 @@ def records(folder: Path) -> list[dict[str, Any]]:
         for name in files.read_json(inside / "sweep.json")["runs"]:
             if not (place := inside / name / "record.json").exists():
                 progress.say(f"left out: {place} is missing (not finished yet, or failed, or lost)")
+    elif (inside / "workers.jsonl").exists():
+        progress.say(f"{inside / 'sweep.json'} is missing: which runs this sweep had is not known")
     found = [r for r in run.table(sorted(p.parent for p in inside.rglob("record.json")))
              if r["kind"] in ("pretrain", "branch") and not r["config"]["forecast_sha256"]
              and r["config"]["model"]["kind"] == "transformer"]
