@@ -53,7 +53,7 @@ def test_training_is_timed_with_and_without_checkpoints(tmp_path):
 
 
 def test_the_held_out_run_is_varied_at_its_own_flops_and_size():
-    with loaded("held_out_choices") as own:
+    with loaded("pilot_again") as own:
         held = own["read"](own["LAPTOP"] / "target/record.json")
         config = own["from_json"](own["PretrainConfig"], held["config"], "config")
         ways = own["choices"](config, held, own["Args"](Path("x")))
@@ -64,3 +64,6 @@ def test_the_held_out_run_is_varied_at_its_own_flops_and_size():
     assert ways["4 layers"].model.D < config.model.D < ways["1 layers"].model.D
     assert ways["batch 2048"].optim.lr == pytest.approx(2 * config.optim.lr)
     assert math.isclose(ways["seed 1"].tokens, config.tokens)
+    grid = own["ladder"](config)
+    assert len(grid) == 28 and (grid[-1].model.D, grid[-1].model.L, grid[-1].model.H) == (112, 4, 7)
+    assert grid[-1].flops == pytest.approx(3.2e13, rel=1e-3)

@@ -161,8 +161,27 @@ def test_seconds_outside_runs_are_waiting(whole):
 
 
 def test_another_list_in_the_same_folder_is_refused(whole, config, data):  # noqa: F811
-    with pytest.raises(BadInput, match="holds another list of runs"):
+    with pytest.raises(BadInput, match="holds another list of 4 runs"):
         runner.sweep(whole[0], [config], data.folder)
+
+
+def test_the_rest_of_a_sweep_is_trained_as_it_was_begun_or_adopted_on_record(configs, tmp_path):
+    wanted = {cells.name(c): c for c in configs}
+    runner._settle(tmp_path, wanted, 2)
+    begun = runner._settle(tmp_path, wanted, 2)
+    assert runner._settle(tmp_path, wanted, 0) == begun and begun["population"] == 2
+    with pytest.raises(BadInput, match="begun with --population 2, not 3"):
+        runner._settle(tmp_path, wanted, 3)
+    place = tmp_path / "sweep.json"
+    for change in ({"code_id": "0" * 16}, {"versions": {"jax": "0.9"}}):
+        files.write_json(place, begun | change)
+        with pytest.raises(BadInput, match=f"tinylm adopt {tmp_path}"):
+            runner._settle(tmp_path, wanted, 0)
+        assert run.adopt_sweep(place) and not run.adopt_sweep(place)
+        (key, value), = change.items()
+        assert runner._settle(tmp_path, wanted, 0)["adopted_from"][-1][key] == value
+    files.write_json(place, {k: v for k, v in begun.items() if k not in ("code_id", "versions")})
+    runner._settle(tmp_path, wanted, 0)  # a list of before did not say
 
 
 def test_names_are_unique_and_safe(configs):

@@ -351,3 +351,14 @@ def test_a_plan_names_its_runs_their_precision_and_cost():
     assert made["run"]["dollars"] == 2 * made["run"]["device_hours"] > 0
     refused = tinylm("plan", "--flops", "1e15", "--device", "abacus")
     assert refused.returncode == 2 and "choose one of V100, A100" in refused.stderr
+
+
+@pytest.mark.parametrize("fault", [
+    MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore")])
+def test_memory_that_runs_out_is_one_line(fault, capsys):
+    def runs_out():
+        raise fault
+
+    assert __main__.guarded(runs_out) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "emory" in said and "needs less" in said

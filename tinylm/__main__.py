@@ -19,6 +19,7 @@ from tinylm import machine
 from tinylm.config import BadInput
 from tinylm.verbs import VERBS, load
 
+PLACES = ("--out", "--text", "--results", "--ledger", "--runs", "--reward", "--tuning")
 MISNAMED = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 
 
@@ -44,7 +45,15 @@ def guarded(action: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         return 75
+    except MemoryError as fault:
+        print(f"failed: out of memory ({str(fault) or 'Python'}); nothing that was finished is "
+              "lost; a smaller model, batch or file needs less", file=sys.stderr)
+        return 1
     except RuntimeError as fault:
+        if "RESOURCE_EXHAUSTED" in str(fault):
+            print(f"failed: {str(fault).splitlines()[0]}; nothing that was finished is lost; a "
+                  "smaller model or batch needs less", file=sys.stderr)
+            return 1
         if "Unable to initialize backend" not in str(fault):
             raise
         print(f"error: JAX does not start here: {fault}", file=sys.stderr)
@@ -66,6 +75,9 @@ def arguments(parse: Callable[[], Any]) -> Any:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler)
     sys.argv[:] = map(_read, sys.argv)
+    for flag, after in itertools.pairwise([*sys.argv, "--"]):
+        if (flag in PLACES and not after) or flag in {f"{place}=" for place in PLACES}:
+            raise BadInput(f"{flag.rstrip('=')} is empty; name a place, . for this folder")
     for flag, after in itertools.pairwise([*sys.argv, "--"]):
         if flag in ("--corpus", "--data") and after.startswith("--"):
             raise BadInput(f"{flag} names no file; name one or more, or leave {flag} out for the "

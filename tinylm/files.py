@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -64,7 +65,8 @@ def read_json(path: Path) -> dict[str, Any]:
         if end == sha256_of(body.encode()) + '"\n}\n':
             return {name: value for name, value in found.items() if name != "sha256"}
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        raise Damaged(f"{path} is missing; run the command that makes it again") from None
+        raise Damaged(f"{path} is missing; where it is a run's, delete that run's folder, and run "
+                      "the command that makes it again") from None
     except (UnicodeDecodeError, ValueError, RecursionError) as bad:
         raise Damaged(f"{path} is not readable JSON ({bad}); delete it and run again") from None
     raise Damaged(f"{path} was changed after it was written; delete it and run again")
@@ -155,11 +157,11 @@ def truncate(path: Path, size: int, sha: str = "") -> None:
         raise Damaged(f"{path} is shorter than the {size} bytes its checkpoint saw; "
                       "delete the run folder and run again")
     with _named(path), open(path, "r+b") as f:
+        if sha and sha256_of(f.read(size)) != sha:
+            raise Damaged(f"{path} has other bytes than its checkpoint saw; "
+                          "delete the run folder and run again")
         f.truncate(size)
         os.fsync(f.fileno())
-    if sha and sha256(path) != sha:
-        raise Damaged(f"{path} has other bytes than its checkpoint saw; "
-                      "delete the run folder and run again")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -251,9 +253,27 @@ def problems(folder: Path) -> list[str]:
     return out
 
 
+def refuse_device(path: Path) -> None:
+    """Refuse (BadInput) a device as a file to read whole: some never end. A pipe is none."""
+    if Path(path).exists() and (stat.S_ISCHR(mode := os.stat(path).st_mode) or stat.S_ISBLK(mode)):
+        raise BadInput(f"{path} is a device; give a file")
+
+
+def sealed(path: Path) -> bool:
+    """Tell whether a JSON file ends as `write_json` ends one, whatever its bytes are."""
+    with open(path, "rb") as f:
+        f.seek(max(0, os.fstat(f.fileno()).st_size - 100))
+        return SEAL.encode() in f.read()
+
+
 def changed(folder: Path, listed: dict[str, str]) -> list[str]:
     """List in words which of a note's files (name to sha256) are gone or have other bytes."""
+    if not isinstance(listed, dict):
+        return [f"{folder} has a record that lists no files by sha256"]
     paths = {Path(folder) / name: sha for name, sha in listed.items()}
+    if out := [f"{folder} has a record that lists {name!r}, which is not inside it"
+               for name in listed if name.startswith("/") or ".." in Path(name).parts]:
+        return out
     return [f"{path} has other bytes than its record says" if path.exists() else
             f"{path} is missing, and its record lists it"
             for path, sha in paths.items() if not path.exists() or sha256(path) != sha]
@@ -266,6 +286,18 @@ def verified(folder: Path) -> dict[str, Any]:
         more = f" (and {len(found) - 1} more)" if found[1:] else ""
         raise Damaged(f"{found[0]}{more}; delete {folder} and run again")
     return read_json(Path(folder) / MANIFEST)
+
+
+def named(folder: Path, *names: str) -> list[Path]:
+    """List the files of these names below a folder (none: all), in linked folders too, sorted."""
+    found, seen = [], set()
+    for place, folders, inside in os.walk(folder, followlinks=True):
+        if (true := os.path.realpath(place)) in seen:  # a link may lead back up
+            folders.clear()
+            continue
+        seen.add(true)
+        found += [Path(place) / name for name in inside if not names or name in names]
+    return sorted(found)
 
 
 def _below(folder: Path) -> list[Path]:

@@ -11,6 +11,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -27,6 +28,7 @@ BEAT = 5.0
 """seconds between two signs of life"""
 PATIENCE = 20.0
 """seconds without one after which another machine's lease is taken over"""
+GONE = "was deleted or replaced while this process wrote in it"
 LOCKLESS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 SIZE = 512  # of a lease in bytes: written over in place, whole
 
@@ -43,7 +45,13 @@ def hold(folder: Path) -> Iterator[None]:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder / ".lease", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        handle = os.open(folder / ".lease", os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as fault:
+        if fault.errno != errno.EROFS:
+            raise
+        yield  # nobody writes there; whoever tries is told by the disk
+        return
     try:
         locked = _locked(folder, handle)
         mine = {"machine": _machine(), "host": socket.gethostname(), "process": os.getpid(),
@@ -64,6 +72,11 @@ def hold(folder: Path) -> Iterator[None]:
             _sweep_out(folder)
             with _beating(folder, handle, mine):
                 yield
+        except Exception:
+            _check(folder, handle)  # what went wrong began with that
+            raise
+        else:
+            _check(folder, handle)
         finally:
             os.ftruncate(handle, 0)
     finally:
@@ -121,12 +134,33 @@ def _beat() -> None:
         with _guard:
             for handle, (folder, mine) in _held.items():
                 if (now := _read(handle)).get("key", mine["key"]) != mine["key"]:
-                    print(f"failed: {folder} was taken over by {_name(now)} while this process "
-                          "gave no sign of life", file=sys.stderr, flush=True)
-                    os._exit(1)
+                    _leave(f"{folder} was taken over by {_name(now)} while this process gave no "
+                           "sign of life")
+                if not _there(folder, handle):
+                    _leave(f"{folder} {GONE}")
                 mine["beats"] += 1
                 with contextlib.suppress(OSError):  # a full disk: no beat, and no harm
                     _write(handle, mine)
+
+
+def _check(folder: Path, handle: int) -> None:
+    if not _there(folder, handle):
+        raise OSError(errno.ENOENT, GONE, str(folder)) from None
+
+
+def _there(folder: Path, handle: int) -> bool:
+    """Tell whether the lease's file is still the one in the folder."""
+    try:
+        return os.path.samestat(os.stat(folder / ".lease"), os.fstat(handle))
+    except FileNotFoundError:
+        return False
+    except OSError:  # a disk that does not answer is no proof
+        return True
+
+
+def _leave(why: str) -> None:
+    print(f"failed: {why}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def _read(handle: int) -> dict[str, Any]:
@@ -157,10 +191,13 @@ def _machine() -> str:
     return place.read_text("utf-8").strip() if place.exists() else socket.gethostname()
 
 
+DRAFT = re.compile(r"\..+\.\d+\.(tmp|old)")  # as files.py names what it has not finished
+
+
 def _sweep_out(folder: Path) -> None:
     """Delete what the dead left half written, but not in a folder that has its own lease."""
     for path in folder.iterdir():
-        if path.name.startswith(".") and path.suffix in (".tmp", ".old"):
+        if DRAFT.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
         elif path.is_dir() and not path.is_symlink() and not (path / ".lease").exists():
             _sweep_out(path)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tinylm import files
 from tinylm.config import BadInput
 from tinylm.laws.accounting import six_nd
 
@@ -46,6 +47,7 @@ def read_csv(path: Path, only: dict[str, str] | None = None,
     columns have the given texts; `columns` names the columns that have other names than NAMES
     knows; `said` gets a line on which columns were read. A bad row raises BadInput by file:line.
     """
+    files.refuse_device(path)
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             first = file.readline()  # not sought back: a pipe cannot be

@@ -20,7 +20,7 @@ from tinylm.evaluate import heldout
 from tinylm.look import plots, progress
 from tinylm.look.study import Study
 from tinylm.model.decoder import ModelConfig, Params
-from tinylm.text import corpora, prepare, shards
+from tinylm.text import corpora, prepare
 from tinylm.text.shards import Dataset
 from tinylm.text.tokenizer import Tokenizer
 from tinylm.train import checkpoint
@@ -92,13 +92,12 @@ def opened(study: Study, name: str) -> Opened:
         V = files.verified(place / "tokenizer")["asked"]
         place = machine.cache() / f"text-{record['tokenizer_id']}"
         prepare.prepare(place, corpora.load(), V)
-    learnt = prepare.open_tokenizer(place)
+    data, learnt = prepare.open_text(place)
     if learnt.id != record["tokenizer_id"]:
         raise BadInput(f"{place} has tokenizer {learnt.id} and {study.folder / name} has "
                        f"{record['tokenizer_id']}; prepare the text that it was trained on")
     config = from_json(ModelConfig, record["config"]["model"], "model")
-    return Opened(config, checkpoint.final_params(study.folder / name, config),
-                  shards.open_dataset(place / "tokens"), learnt)
+    return Opened(config, checkpoint.final_params(study.folder / name, config), data, learnt)
 
 
 def scored(study: Study, name: str) -> np.ndarray:

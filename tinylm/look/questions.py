@@ -14,7 +14,7 @@ from tinylm.look.study import Study
 from tinylm.model.baselines import NGram
 from tinylm.model.capture import capture
 from tinylm.model.decoder import ModelConfig, Params
-from tinylm.text import prepare, shards
+from tinylm.text import prepare
 from tinylm.text.shards import Dataset
 from tinylm.text.tokenizer import CONTROL, Tokenizer
 from tinylm.train.batch import windows as count_windows
@@ -27,8 +27,8 @@ CONTEXT = 12  # tokens of context shown
 
 def subwords(study: Study) -> str:
     """Say what a token covers, against a character."""
-    data = shards.open_dataset(study.folder / "text/tokens")
-    text = prepare.open_tokenizer(study.folder / "text").decode(data.heldout)
+    data, learnt = prepare.open_text(study.folder / "text")
+    text = learnt.decode(data.heldout)
     counts, size = np.array(list(Counter(text).values())), int(data.documents.bytes.sum())
     entropy = float(-(counts * np.log2(counts / counts.sum())).sum()) / size
     T, each = study.record("target")["config"]["model"]["T"], len(text) / len(data.heldout)
@@ -129,8 +129,7 @@ def chat(study: Study) -> str:
 def _opened(study: Study) -> tuple[Dataset, Tokenizer, ModelConfig, Params]:
     values = study.record("target")["config"]["model"]
     config = configs.from_json(ModelConfig, values, "the target's model")
-    return (shards.open_dataset(study.folder / "text/tokens"),
-            prepare.open_tokenizer(study.folder / "text"), config,
+    return (*prepare.open_text(study.folder / "text"), config,
             final_params(study.folder / "target", config))
 
 

@@ -14,11 +14,13 @@ from tinylm.look.study import Study
 from tinylm.look.tokens import pieces, spans
 from tinylm.sweep import law
 from tinylm.sweep.times import spent, stages
-from tinylm.text import prepare, shards
+from tinylm.text import prepare
 from tinylm.train import run
 
 KINDS = ("sweep", "tuning", "position", ".")  # folders of runs; target and chat lie at the top
 SPENT = ("compute", "compile", "wait", "start", "input", "save", "evaluate")
+RESTS_ON = ("baselines.json", "tuning.json", "law.json", "forecast.json", "score.json",
+            "samples.json", "alignment.json", "target/record.json", "chat/record.json")
 PIECES = 90  # tokens of held-out text shown in colours
 WORDS = 12  # long words shown in pieces
 
@@ -29,7 +31,9 @@ def write(folder: Path) -> Path:
     parts = [page.section(title, makers, study) for title, makers in SECTIONS.items()]
     place = study.folder / "report.html"
     files.write_text(place, page.whole("A scaling study", "\n".join(parts)))
-    files.write_json(study.folder / "report.json", {"files": {place.name: files.sha256(place)}})
+    files.write_json(study.folder / "report.json", {"files": {
+        name: files.sha256(study.folder / name) for name in (place.name, *RESTS_ON)
+        if (study.folder / name).exists()}})
     return place
 
 
@@ -82,8 +86,8 @@ def growth(study: Study) -> str:
 
 def text(study: Study) -> str:
     """Give the tokenizer's facts, and words cut into coloured pieces."""
-    data = shards.open_dataset(study.folder / "text/tokens")
-    tokenizer, f = prepare.open_tokenizer(study.folder / "text"), data.facts
+    data, tokenizer = prepare.open_text(study.folder / "text")
+    f = data.facts
 
     rows = [(split, part, *(f"{n[k]:,}" for k in ("documents", "tokens", "bytes")),
              f"{n['bytes'] / max(n['tokens'], 1):.3f}")

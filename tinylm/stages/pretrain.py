@@ -261,7 +261,7 @@ def _train_population(common: Path, places: dict[str, Path], configs: list[Pretr
                 state = population.member(states, i)
                 if finite[i]:
                     with clock.doing("save"):
-                        checkpoint.save(place / "checkpoints", state)
+                        checkpoint.save(place / "checkpoints", state, run=identity(config))
                 _conclude(place, config, data, clock, check(config, data, plan),
                           state.params if finite[i] else None)
 

@@ -90,11 +90,18 @@ def _settle(folder: Path, wanted: dict[str, PretrainConfig], population: int) ->
     runs = {n: configs.to_json(c) for n, c in wanted.items()}
     place = folder / "sweep.json"
     if place.exists():
-        listed = files.read_json(place)
-        if {n: configs.from_json(PretrainConfig, c, n) for n, c in listed["runs"].items()
-                } != wanted:
-            raise BadInput(f"{folder} holds another list of runs; go on with the same settings "
-                           "or choose a new folder")
+        listed = run.listed(place)
+        begun = {n: configs.from_json(PretrainConfig, c, n) for n, c in listed["runs"].items()}
+        if begun != wanted:
+            mine, here = (", ".join(sorted(a.keys() - b.keys())[:2]) or "the same names"
+                          for a, b in ((begun, wanted), (wanted, begun)))
+            raise BadInput(f"{folder} holds another list of {len(begun)} runs ({mine}) than these "
+                           f"{len(wanted)} ({here}); go on with the same settings or choose a new "
+                           "folder")
+        if population not in (0, listed.get("population", population)):
+            raise BadInput(f"{folder} was begun with --population {listed['population']}, not "
+                           f"{population}; go on with that or choose a new folder")
+        _same_code(folder, listed, wanted)
         return listed
     backend, count = machine.survey()
     alone = backend != "cpu" or len(wanted) == 1
@@ -103,10 +110,22 @@ def _settle(folder: Path, wanted: dict[str, PretrainConfig], population: int) ->
              for n, c in wanted.items()}
     most = population or (1 if backend == "cpu" else packing.MOST)
     packs, plans = packing.pack(wanted, plans, most, machine.memory() / workers)
-    listed = {"workers": workers, "packs": packs, "idle": packing.idle(packs, wanted, plans),
+    listed = {"code_id": run.code_id(), "versions": machine.versions(), "population": most,
+              "workers": workers, "packs": packs, "idle": packing.idle(packs, wanted, plans),
               "plans": {n: dataclasses.asdict(p) for n, p in plans.items()}, "runs": runs}
     files.write_json(place, listed)
     return listed
+
+
+def _same_code(folder: Path, listed: dict[str, Any], wanted: dict[str, PretrainConfig]) -> None:
+    """Refuse to train the rest of a sweep with other code or versions than it was begun with."""
+    if all(run.record(folder / n) for n in wanted):
+        return
+    for key, here in (("code_id", run.code_id()), ("versions", machine.versions())):
+        if (then := listed.get(key, here)) != here:
+            raise BadInput(f"{folder} was begun with {key} {then}, this is {here}; go on as it was "
+                           f"begun, `tinylm adopt {folder}` to go on here and have that recorded, "
+                           "or choose a new folder")
 
 
 def _so_far(folder, wanted):

@@ -3,6 +3,7 @@
 import bz2
 import codecs
 import gzip
+import io
 import json
 import lzma
 import math
@@ -11,23 +12,32 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from tinylm import files
 from tinylm.config import BadInput
 
 Row = TypeVar("Row")
-OPENERS = {".gz": gzip.decompress, ".bz2": bz2.decompress, ".xz": lzma.decompress}
+OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+UNPACKED = 1e9
+"""bytes that a packed file may hold, or a hundred times its own"""
 WIDE = {"UTF-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
         "UTF-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)}
 
 
 def text_of(path: Path) -> str:
     """Give a file's text, unpacked, UTF-8, with Unix line ends; BadInput names what is wrong."""
+    files.refuse_device(path)
     try:
         data = path.read_bytes()
     except OSError as bad:
         raise BadInput(f"{path} cannot be read ({bad.strerror}); check its name") from None
     if (packing := path.suffix.lower()) in OPENERS:
+        most = max(UNPACKED, 100 * len(data))
         try:
-            data = OPENERS[packing](data)
+            with OPENERS[packing](io.BytesIO(data)) as unpacked:
+                data = unpacked.read(int(most) + 1)
+            if len(data) > most:
+                raise BadInput(f"{path} unpacks to more than {most:.3g} bytes, a hundred times its "
+                               "own; unpack it first if you mean it")
         except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as bad:
             raise BadInput(f"{path} is not a whole {path.suffix} file ({bad}); "
                            "rename or download it again") from None

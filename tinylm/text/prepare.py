@@ -46,6 +46,15 @@ def prepare(folder: Path, corpus: Corpus, V: int,
     return data, learnt
 
 
+def open_text(folder: Path) -> tuple[Dataset, Tokenizer]:
+    """Verify and open both parts of a prepared folder; tokens of another tokenizer are Damaged."""
+    learnt, data = open_tokenizer(folder), shards.open_dataset(Path(folder) / "tokens")
+    if data.tokenizer_id != learnt.id:
+        raise files.Damaged(f"{folder} holds tokens of tokenizer {data.tokenizer_id} beside "
+                            f"tokenizer {learnt.id}; prepare the text again in a new folder")
+    return data, learnt
+
+
 def open_tokenizer(folder: Path) -> Tokenizer:
     """Verify and load the tokenizer of a prepared folder."""
     files.verified(Path(folder) / "tokenizer")

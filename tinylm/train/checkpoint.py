@@ -49,11 +49,12 @@ def save(folder: Path, state: State, **facts: Any) -> Path:
 class Saver:
     """Writes checkpoints behind the training, one at a time, from a copy in the host's memory.
 
-    A write that failed is raised by the next `check`, `save` or `wait`, or at the end.
+    Each names the run whose it is. A write that failed is raised by the next `check`, `save` or
+    `wait`, or at the end.
     """
 
-    def __init__(self, folder: Path, kept: tuple[int, ...] = ()):
-        self.folder, self.kept = folder, kept
+    def __init__(self, folder: Path, owner: str = "", kept: tuple[int, ...] = ()):
+        self.folder, self.owner, self.kept = folder, owner, kept
         self._thread, self._writing = ThreadPoolExecutor(1), None
 
     def save(self, state: State, **facts: Any) -> None:
@@ -74,7 +75,7 @@ class Saver:
             writing.result()
 
     def _write(self, state: State, facts: dict[str, Any]) -> None:
-        save(self.folder, state, **facts)
+        save(self.folder, state, run=self.owner, **facts)
         keep_last(self.folder, 2, self.kept)
 
     def __enter__(self) -> "Saver":
@@ -137,9 +138,9 @@ def restore(place: Path, like: State) -> tuple[State, dict[str, Any]]:
     return State(params, rest["opt"], rest["hyper"], rest["step"]), facts
 
 
-def restore_params(place: Path, like: Params) -> Params:
-    """Load a checkpoint's parameters alone."""
-    files.verified(place)
+def restore_params(place: Path, like: Params, owner: str = "") -> Params:
+    """Load a checkpoint's parameters alone; BadInput where it is not the run's that is named."""
+    _of(place, files.verified(place), owner)
     return _read(place / "params", like)
 
 
@@ -157,7 +158,11 @@ def slim(folder: Path, out: Path) -> None:
         raise BadInput(f"{out} holds a run already; choose a new folder")
     facts = {k: v for k, v in files.verified(places[-1]).items() if k not in ("schema", "files")}
     with files.staged(out / "checkpoints" / places[-1].name, **facts) as draft:
-        shutil.copytree(places[-1] / "params", draft / "params")
+        try:
+            shutil.copytree(places[-1] / "params", draft / "params")
+        except shutil.Error as fault:  # which has a list of faults and no number
+            (_, where, why), *_ = fault.args[0]
+            raise OSError(errno.EIO, str(why), str(where)) from None
     here = files.read_json(folder / "environment.json")
     text = os.path.normpath(folder.absolute() / here["text"])
     files.write_json(out / "environment.json", {**here, "text": os.path.relpath(text, out)})
@@ -170,7 +175,7 @@ def params_sha256(folder: Path) -> str:
     """Hash the newest checkpoint's parameters by name, type, shape and bytes (64 hex digits)."""
     place = steps(folder)[-1].absolute()
     files.verified(place)
-    with ocp.StandardCheckpointer() as reader:
+    with _readable(place), ocp.StandardCheckpointer() as reader:
         tree = reader.restore(place / "params")
     total = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
@@ -189,7 +194,7 @@ def final_params(folder: Path, model: ModelConfig, step: int = 0) -> Params:
     if record["kind"] == "reward":
         raise BadInput(f"{folder} is a reward model and says nothing; give a run that speaks")
     wanted = {**like, "value": _scored(model)} if record["kind"] == "ppo" else like
-    found = restore_params(place, wanted)
+    found = restore_params(place, wanted, record["id"])
     return {name: found[name] for name in like}
 
 
@@ -200,7 +205,7 @@ def final_scorer(folder: Path, model: ModelConfig) -> Params:
         raise BadInput(f"{folder} is a run of kind {record['kind']!r}; give a reward model, which "
                        "`tinylm reward` trains")
     mean, deviation = (record["preferences"]["scores"][k] for k in ("mean", "deviation"))
-    return heads.normalised(restore_params(place, _scored(model)), mean, deviation)
+    return heads.normalised(restore_params(place, _scored(model), record["id"]), mean, deviation)
 
 
 def _final(folder: Path, model: ModelConfig,
@@ -223,22 +228,49 @@ def _scored(model: ModelConfig) -> Params:
                           jax.random.key(0))
 
 
-def newest(folder: Path, like: State, warn: Any) -> tuple[State, dict[str, Any]] | None:
-    """Load the newest sound checkpoint; a damaged one is announced through `warn` and passed by."""
+def newest(folder: Path, like: State, warn: Any,
+           owner: str = "") -> tuple[State, dict[str, Any]] | None:
+    """Load the newest sound checkpoint; a damaged one is announced through `warn` and passed by.
+
+    One of another run than `owner` raises BadInput.
+    """
     for place in reversed(steps(folder)):
         try:
-            return restore(place, like)
+            found = restore(place, like)
         except files.Damaged as damage:
             warn(f"passing by a damaged checkpoint: {damage}")
+            continue
+        _of(place, found[1], owner)
+        return found
     return None
+
+
+def _of(place: Path, facts: dict[str, Any], owner: str) -> None:
+    """Refuse a checkpoint of another run; older ones do not name theirs."""
+    if owner and facts.get("run", owner) != owner:
+        raise BadInput(f"{place} {run.OTHERS.format(facts['run'], owner)}; put the run's own back, "
+                       f"or delete {place.parent.parent} and run again")
 
 
 def _read(place: Path, like: Any) -> Any:
     place, target = Path(place).absolute(), jax.tree.map(_target, like)  # Orbax needs whole paths
-    with ocp.StandardCheckpointer() as reader:
+    with _readable(place), ocp.StandardCheckpointer() as reader:
         stored = reader.metadata(place).item_metadata.tree
         _same_dtypes(place, stored, like)
         return reader.restore(place, target)
+
+
+@contextlib.contextmanager
+def _readable(place: Path) -> Iterator[None]:
+    """Name a checkpoint whose seal is whole and whose insides Orbax cannot read."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError) as fault:
+        if isinstance(fault, BadInput):
+            raise
+        said = str(fault).strip().splitlines()
+        raise files.Damaged(f"{place} is no checkpoint that can be read ({type(fault).__name__}: "
+                            f"{said[0] if said else ''}); delete it and run again") from None
 
 
 def _same_dtypes(place: Path, stored: Any, like: Any) -> None:

@@ -20,9 +20,8 @@ import numpy as np
 
 from tinylm import files, machine
 from tinylm.machine import Plan
-from tinylm.train import checkpoint
+from tinylm.train import checkpoint, run
 from tinylm.train.batch import Batch
-from tinylm.train.run import Stopped
 from tinylm.train.step import Metrics, State, place, replicate
 
 LOSSES = ("nats_per_token", "nats_per_pair", "policy_loss")
@@ -66,7 +65,8 @@ def train(
     saves = Path(folder) / "checkpoints"
     with clock.doing("start"):
         state = replicate(mesh, state)
-        state, facts = checkpoint.newest(saves, state, _say) or (
+        owner = run.owner(folder)
+        state, facts = checkpoint.newest(saves, state, _say, owner) or (
             state, {"step": int(np.max(state.step)), "logs": [[0, "", True]] * len(members)})
     sizes, shas, sound = (list(of) for of in zip(*facts["logs"], strict=True))
     for member, size, sha in zip(members, sizes, shas, strict=True):
@@ -101,7 +101,7 @@ def train(
             saver.save(state, logs=logs)
         saved = done
 
-    with _signals() as stop, checkpoint.Saver(saves, kept) as saver:
+    with _signals() as stop, checkpoint.Saver(saves, owner, kept) as saver:
         while left() > 0 and not over():
             n = min(plan.chunk, left(), *(k - done for k in kept if k > done))
             with clock.doing("input"):
@@ -122,7 +122,7 @@ def train(
                 save()
                 with clock.doing("save"):
                     saver.wait()
-                raise Stopped(f"stopped at step {done}; the same command goes on")
+                raise run.Stopped(f"stopped at step {done}; the same command goes on")
             if left() > 0 and (done in kept or done - saved >= plan.checkpoint_every):
                 settle()
                 if left() > 0:
@@ -238,7 +238,7 @@ def _signals() -> Iterator[Callable[[], bool]]:
 
     def note(number: int, frame: Any) -> None:
         if caught:
-            raise Stopped("stopped at once by a second signal; the same command goes on")
+            raise run.Stopped("stopped at once by a second signal; the same command goes on")
         caught.append(number)
         if patience:
             grace.start()

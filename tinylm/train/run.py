@@ -35,6 +35,9 @@ LOST = ("has lost its checkpoints; delete the folder and give the command that m
         "train, sft or sweep, or study.py) again")
 
 
+OTHERS = "is a checkpoint of run {}, not of {}"
+
+
 class Stopped(Exception):
     """A signal asked the run to stop; it has saved its state (exit code 75)."""
 
@@ -92,6 +95,17 @@ def adopt(folder: Path) -> bool:
     return True
 
 
+def adopt_sweep(place: Path) -> bool:
+    """Let a sweep train its other runs with the code and versions of here; its list says so."""
+    found, here = listed(place), {"code_id": code_id(), "versions": machine.versions()}
+    before = {name: found[name] for name in here if name in found}
+    if all(here[name] == value for name, value in before.items()):
+        return False
+    files.write_json(place, {**found, **here,
+                             "adopted_from": [*found.get("adopted_from", []), before]})
+    return True
+
+
 def planned(folder: Path) -> machine.Plan | None:
     """Return the plan a started run is bound to, or None (JAX need not have started)."""
     place = Path(folder) / "plan.json"
@@ -106,7 +120,10 @@ def record(folder: Path) -> dict[str, Any] | None:
     if not place.exists():
         return None
     found = files.read_json(place)
-    if not {"schema", "id", "config", "loss"} <= set(found):
+    shape = {"id": str, "kind": str, "status": str, "config": dict, "files": dict,
+             "loss": dict | None, "tokenizer_id": str}
+    if not {"schema", "id", "config", "loss"} <= set(found) or not all(
+            isinstance(found[key], kind) for key, kind in shape.items() if key in found):
         raise files.Damaged(f"{place} is no record of ours; delete it and train again")
     if found["schema"] not in (1, SCHEMA):
         raise BadInput(f"{place} has schema {found['schema']!r}, this tinylm reads {SCHEMA}; "
@@ -120,6 +137,54 @@ def _current(record: dict[str, Any]) -> dict[str, Any]:
         return record
     model = {"smear": False, **record["config"]["model"]}
     return {**record, "config": {**record["config"], "model": model}}
+
+
+def listed(place: Path) -> dict[str, Any]:
+    """Read a sweep.json, its runs by name."""
+    found = files.read_json(place)
+    if not (isinstance(runs := found.get("runs"), dict) and all(
+            isinstance(config, dict) for config in runs.values())):
+        raise files.Damaged(f"{place} lists no runs by name; delete it and run again")
+    return found
+
+
+def unfinished(place: Path) -> list[Path]:
+    """Give where the records of the runs that a sweep.json lists are to be and are not."""
+    return [one for name in listed(place)["runs"]
+            if not (one := place.parent / name / "record.json").exists()]
+
+
+def owner(folder: Path) -> str:
+    """Name whose checkpoints a folder holds: its run's id, or the folder of a population."""
+    place = Path(folder) / "config.json"
+    return files.read_json(place).get("id", "") if place.exists() else Path(folder).name
+
+
+def faults(folder: Path) -> list[str]:
+    """List in words what a folder of a run has lost, or holds of another run."""
+    folder, done = Path(folder), record(folder)
+    saves = sorted(folder.glob("checkpoints/step-*"))
+    if done is None and not saves:
+        return []
+    out = [f"{folder / name} is missing" for name in ("config.json", "plan.json",
+                                                      "environment.json")
+           if not (folder / name).exists()]
+    if done and done["status"] == "ok" and not saves:
+        out.append(f"{folder} {LOST}")
+    mine = done["id"] if done else owner(folder)
+    for place in saves:
+        try:
+            facts = files.read_json(place / files.MANIFEST)
+        except files.Damaged:  # which is told with the rest of its folder
+            continue
+        if facts.get("run", mine) != mine:
+            out.append(f"{place} {OTHERS.format(facts['run'], mine)}")
+        elif not done and place == saves[-1]:
+            size, sha, _ = facts["logs"][0]
+            log = folder / "metrics.jsonl"
+            if size and not (log.exists() and files.sha256_of(log.read_bytes()[:size]) == sha):
+                out.append(f"{log} has other bytes than its checkpoint saw")
+    return out
 
 
 def finish(folder: Path, config: Any, kind: str, status: str, **facts: Any) -> dict[str, Any]:

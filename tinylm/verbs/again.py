@@ -10,19 +10,22 @@ from tinylm.config import BadInput
 from tinylm.laws import forecast
 from tinylm.look import progress
 from tinylm.train import run
+from tinylm.verbs import folders
 
 SEAL = "sha256"
 
 
-def replay(record: Positional[Path], text: Path | None = None, json: bool = False) -> None:
+def replay(record: Positional[Path], text: Path | None = None, runs: Path | None = None,
+           json: bool = False) -> None:
     """Make a recorded number again and say that it is equal, or what differs.
 
     A run's held-out loss comes from its checkpoint, a study's law and forecast from its runs, a
     score from forecast and run.
 
     Args:
-        record: a run's folder or record.json, or a study's law.json, forecast.json or score.json
+        record: a run's folder or record.json, a forecast, or a study's law.json or score.json
         text: the prepared folder of the run, where it has moved
+        runs: folder of the runs that a law or forecast was made from; none: `sweep` beside it
         json: print what was compared on the last line
     """
     place = record / "record.json" if record.is_dir() else record
@@ -31,9 +34,11 @@ def replay(record: Positional[Path], text: Path | None = None, json: bool = Fals
                        "forecast.json or score.json")
     makers = {"record.json": _loss, "law.json": _law, "forecast.json": _forecast,
               "score.json": _score}
-    if place.name not in makers:
+    maker = makers.get(place.name) or (
+        _forecast if place.suffix == ".json" and "target_flops" in files.read_json(place) else None)
+    if maker is None:
         raise BadInput(f"{place.name} cannot be made again; give one of {', '.join(makers)}")
-    kept, made, facts = makers[place.name](place, text)
+    kept, made, facts = maker(place, text if maker is _loss else runs)
     apart = differences(kept, made)
     told = {"equal": not apart, "differs": apart, "facts": facts}
     words = (f"{place}: equal, {len(list(_leaves(kept)))} values" if not apart else "\n".join(
@@ -85,33 +90,37 @@ def _facts(record: dict[str, Any]) -> dict[str, list[Any]]:
     return {name: [then.get(name), now[name]] for name in now if then.get(name) != now[name]}
 
 
-def _records(study: Path) -> list[dict[str, Any]]:
-    found = run.table(p.parent for p in (study / "sweep").glob("*/record.json"))
+def _records(place: Path, runs: Path | None) -> list[dict[str, Any]]:
+    """Read the runs that a file was made from: a study's sweep beside it, or those of `runs`."""
+    if runs is not None:
+        return folders.records(runs)
+    found = run.table(p.parent for p in (place.parent / "sweep").glob("*/record.json"))
     if not found:
-        raise BadInput(f"{study} holds no sweep; replay a study's files where it lies")
+        raise BadInput(f"{place} has no sweep beside it; name the folder of its runs with --runs")
     return found
 
 
-def _law(place: Path, text: Path | None) -> tuple[Any, Any, dict[str, list[Any]]]:
+def _law(place: Path, folder: Path | None) -> tuple[Any, Any, dict[str, list[Any]]]:
     from tinylm.sweep import law
 
-    kept, records = files.read_json(place), _records(place.parent)
+    kept, records = files.read_json(place), _records(place, folder)
     made = law.fit(records)
     return kept, {name: made.get(name) for name in kept if name != SEAL}, _facts(records[0])
 
 
-def _forecast(place: Path, text: Path | None) -> tuple[Any, Any, dict[str, list[Any]]]:
+def _forecast(place: Path, folder: Path | None) -> tuple[Any, Any, dict[str, list[Any]]]:
     from tinylm.config import to_json
     from tinylm.sweep import law
 
-    kept, records = forecast.read(place), _records(place.parent)
+    kept, records = forecast.read(place), _records(place, folder)
     runs, ids, eval_id = law.runs_of(records)
     made = forecast.make(runs, ids, kept.target_flops, kept.target_params, kept.target_tokens,
-                         eval_id, kept.name, rough=True, warning=kept.warning)
+                         eval_id, kept.name, law.noise(records), clusters=law.clusters(records),
+                         rough=True, warning=kept.warning)
     return to_json(kept), to_json(made), _facts(records[0])
 
 
-def _score(place: Path, text: Path | None) -> tuple[Any, Any, dict[str, list[Any]]]:
+def _score(place: Path, folder: Path | None) -> tuple[Any, Any, dict[str, list[Any]]]:
     record = run.record(place.parent / "target")
     if record is None:
         raise BadInput(f"{place.parent} holds no finished target run; replay it where it lies")

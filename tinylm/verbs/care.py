@@ -71,39 +71,85 @@ def report(study: Positional[Path]) -> None:
 
 
 def verify(path: Positional[Path], json: bool = False) -> None:
-    """Check every manifest and record below a folder and name each bad file.
+    """Check every manifest and record below a folder, or one file, and name each bad file.
 
     Args:
-        path: a run, a sweep, a prepared folder or a whole study
+        path: a run, a sweep, a prepared folder, a whole study, or a file of one of these
         json: print what was found, and the hashes of every sound run, on the last line
     """
-    sealed = sorted(p.parent for p in path.rglob(files.MANIFEST))
-    notes = sorted(p for name in NOTES for p in path.rglob(name))
-    if not sealed and not notes:
-        raise BadInput(f"{path} holds nothing that tinylm sealed; give a run, text or study folder")
-    bad = [problem for folder in sealed for problem in files.problems(folder)]
+    if path.is_dir():
+        checked, bad = _checked(path)
+    else:
+        checked, bad = _checked_file(path)
+    lists = files.named(path, "sweep.json") if path.is_dir() else []
+    open_ = [place for listed in lists if str(listed) not in "\n".join(bad)
+             for place in run.unfinished(listed)]
+    records = files.named(path, "record.json") if path.is_dir() and json and not bad else []
+    said = [f"{checked} sealed folders and notes are sound",
+            *(f"not finished: {place} is missing" for place in open_)]
+    progress.answer({"checked": checked, "bad": bad, "unfinished": list(map(str, open_)),
+                     "runs": {str(p.parent): _hashes(p.parent) for p in records}}, json,
+                    "\n".join(bad or said))
+    if bad:
+        raise SystemExit(1)
+
+
+def _checked(folder: Path) -> tuple[int, list[str]]:
+    """Count what was checked below a folder, and say what is bad."""
+    found = files.named(folder)
+    manifests = [p for p in found if p.name == files.MANIFEST]
+    notes = [p for p in found if p.name in NOTES or p.suffix == ".json"
+             and p.name != files.MANIFEST and files.sealed(p)]
+    if not manifests and not notes:
+        raise BadInput(f"{folder} holds nothing that tinylm sealed; give a run, text or study "
+                       "folder")
+    bad = [problem for place in manifests for problem in files.problems(place.parent)]
     for note in notes:
-        try:
-            found = files.read_json(note)
-        except files.Damaged as damage:
-            bad.append(str(damage))
-            continue
-        if (note.name == "record.json" and found.get("status") == "ok"
-                and not any(note.parent.glob("checkpoints/step-*"))):
-            bad.append(f"{note.parent} {run.LOST}")
-        bad += files.changed(note.parent, found.get("files", {}))
-    for log in sorted(p for name in CLOCKS for p in path.rglob(name)):
+        bad += _noted(note)
+    for log in (p for p in found if p.name in CLOCKS):
         try:
             files.read_rows(log)
         except files.Damaged as damage:
             bad.append(str(damage))
-    runs = {str(p.parent): _hashes(p.parent) for p in notes if json and p.name == "record.json"
-            and not bad}
-    progress.answer({"checked": len(sealed) + len(notes), "bad": bad, "runs": runs}, json,
-                    "\n".join(bad)
-                    or f"{len(sealed)} sealed folders and {len(notes)} notes are sound")
-    if bad:
-        raise SystemExit(1)
+    for place in sorted({p.parent for p in notes if p.name in ("config.json", "record.json")}
+                        | {p.parents[2] for p in manifests if p.parent.parent.name == "checkpoints"}
+                        ):
+        try:
+            bad += run.faults(place)
+        except (BadInput, files.Damaged) as refusal:
+            bad.append(str(refusal))
+    return len(manifests) + len(notes), list(dict.fromkeys(bad))
+
+
+def _noted(note: Path) -> list[str]:
+    """Say what is bad about a note and the files it lists."""
+    try:
+        return files.changed(note.parent, files.read_json(note).get("files", {}))
+    except files.Damaged as damage:
+        return [str(damage)]
+
+
+def _checked_file(path: Path) -> tuple[int, list[str]]:
+    """The same for one file, by its own seal or by the manifest, record or report that lists it."""
+    if not path.is_file():
+        raise BadInput(f"{path} is no file or folder; give a run, text or study folder")
+    if path.name == files.MANIFEST:
+        return 1, files.problems(path.parent)
+    if path.suffix == ".json" and (path.name in NOTES or files.sealed(path)):
+        return 1, _noted(path)
+    if path.name in CLOCKS:
+        try:
+            files.read_rows(path)
+        except files.Damaged as damage:
+            return 1, [str(damage)]
+        return 1, []
+    for place in path.absolute().parents:
+        inside = str(path.absolute().relative_to(place))
+        for name in (files.MANIFEST, "record.json", "report.json"):
+            if (place / name).exists() and inside in files.read_json(place / name).get("files", {}):
+                bad = (files.problems(place) if name == files.MANIFEST else _noted(place / name))
+                return 1, [line for line in bad if str(place / inside) in line]
+    raise BadInput(f"{path} is in no manifest or record of tinylm's; give the folder it belongs to")
 
 
 def adopt(path: Positional[Path], json: bool = False) -> None:
@@ -113,15 +159,20 @@ def adopt(path: Positional[Path], json: bool = False) -> None:
         path: a run, or a folder of runs
         json: print the runs that were adopted on the last line
     """
-    begun = [p.parent for p in sorted(path.rglob("config.json"))
+    begun = [p.parent for p in files.named(path, "config.json")
              if not (p.parent / "record.json").exists()]
-    if not begun:
+    sweeps = [p for p in files.named(path, "sweep.json") if run.unfinished(p)]
+    if not begun and not sweeps:
         raise BadInput(f"{path} holds no run that was begun and is not finished")
     taken = []
     for folder in begun:
         with leases.hold(folder):
             if run.adopt(folder):
                 taken.append(str(folder))
+    for place in sweeps:
+        with leases.hold(place.parent):
+            if run.adopt_sweep(place):
+                taken.append(str(place.parent))
     progress.answer({"adopted": taken}, json, "\n".join(f"{name} goes on here" for name in taken)
                     or "nothing differs from what these runs were begun with")
 

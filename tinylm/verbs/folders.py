@@ -12,7 +12,7 @@ from tinylm.config import BadInput
 from tinylm.laws.accounting import Shape
 from tinylm.look import progress
 from tinylm.text import corpora, lines, prepare
-from tinylm.text.shards import Dataset, open_dataset
+from tinylm.text.shards import Dataset
 from tinylm.text.tokenizer import Tokenizer
 from tinylm.train import run
 
@@ -27,7 +27,7 @@ def prepared(folder: Path, corpus: tuple[str, ...], field: str, V: int,
         if not folder.is_dir():
             raise BadInput(f"--text {folder} is no prepared folder; give a run's text/ or "
                            "text files with --corpus")
-        return open_dataset(folder / "tokens"), prepare.open_tokenizer(folder)
+        return prepare.open_text(folder)
     loaded = corpora.load(corpus, field)
     progress.say(progress.corpus(loaded))
     with progress.bar("tokens") as event:
@@ -54,13 +54,14 @@ def records(folder: Path) -> list[dict[str, Any]]:
     A run that the sweep lists and that has no record is said to be left out.
     """
     inside = folder / "sweep" if (folder / "sweep").is_dir() else folder
-    if (inside / "sweep.json").exists():
-        for name in files.read_json(inside / "sweep.json")["runs"]:
-            if not (place := inside / name / "record.json").exists():
-                progress.say(f"left out: {place} is missing (not finished yet, or failed, or lost)")
-    elif (inside / "workers.jsonl").exists():
-        progress.say(f"{inside / 'sweep.json'} is missing: which runs this sweep had is not known")
-    found = [r for r in run.table(sorted(p.parent for p in inside.rglob("record.json")))
+    for listed in files.named(inside, "sweep.json"):
+        for place in run.unfinished(listed):
+            progress.say(f"left out: {place} is missing (not finished yet, or failed, or lost)")
+    for log in files.named(inside, "workers.jsonl"):
+        if not log.with_name("sweep.json").exists():
+            progress.say(f"{log.with_name('sweep.json')} is missing: which runs this sweep had is "
+                         "not known")
+    found = [r for r in run.table(p.parent for p in files.named(inside, "record.json"))
              if r["kind"] in ("pretrain", "branch") and not r["config"]["forecast_sha256"]
              and r["config"]["model"]["kind"] == "transformer"]
     if not found:

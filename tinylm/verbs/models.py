@@ -8,7 +8,7 @@ from tinylm.config import BadInput, from_json
 from tinylm.model.decoder import ModelConfig
 from tinylm.stages.reward import judge_of
 from tinylm.text import prepare
-from tinylm.text.shards import Dataset, open_dataset
+from tinylm.text.shards import Dataset
 from tinylm.text.tokenizer import Tokenizer
 from tinylm.train import checkpoint
 from tinylm.train.rollout import Judge
@@ -33,12 +33,12 @@ def opened(folder: Path, text: Path | None,
     place = text or Path(os.path.normpath(folder.absolute() / link))
     if not (place / "tokenizer").exists():
         raise BadInput(f"{place} holds no tokenizer; give the run's prepared folder with --text")
-    learnt = prepare.open_tokenizer(place)
+    data, learnt = prepare.open_text(place)
     if learnt.id != record["tokenizer_id"]:
         raise BadInput(f"{place} has tokenizer {learnt.id}, the run {record['tokenizer_id']}; "
                        "give the prepared folder it was trained on with --text")
     model = from_json(ModelConfig, record["config"]["model"], "model")
-    return model, open_dataset(place / "tokens"), learnt
+    return model, data, learnt
 
 
 def judge(reward: Path, model: ModelConfig, learnt: Tokenizer) -> tuple[Judge, str]:

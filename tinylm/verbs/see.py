@@ -25,7 +25,7 @@ from tinylm.look.page import shown
 from tinylm.model import generate
 from tinylm.model.baselines import NGram
 from tinylm.model.capture import capture
-from tinylm.text import prepare, shards
+from tinylm.text import prepare
 from tinylm.text.tokenizer import BOS
 from tinylm.train import checkpoint
 from tinylm.verbs import folders, models, talk
@@ -231,8 +231,9 @@ def _captured(target, text, at, prepared):
 def _prepared(target, prepared):
     """Open the tokenizer and token files of a run or of a prepared folder itself."""
     if (target / "tokenizer").exists():
-        return prepare.open_tokenizer(target), shards.open_dataset(target / "tokens")
-    _, data, learnt = models.opened(target, prepared)
+        data, learnt = prepare.open_text(target)
+    else:
+        _, data, learnt = models.opened(target, prepared)
     return learnt, data
 
 
