@@ -7,7 +7,7 @@ Command:  python -m experiments.pilot_miss --runs pilot_small.csv --out experime
 Cost:     two seconds on one core.
 Expected: depth, since the sweep has L=4 only at sizes far above its optima.
 Result:   depth may explain .60% (standard error .44); the rest is a floor that the sweep does
-          not identify. experiments/LOG.md.
+          not identify. What training it again says: pilot_again.py. experiments/LOG.md.
 """
 
 import argparse
