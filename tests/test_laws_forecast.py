@@ -157,6 +157,13 @@ def test_the_ledger_only_grows_and_holds_a_forecast_once(one, tmp_path):
     assert ledger.read_bytes().startswith(before) and len(ledger.read_text().splitlines()) == 3
     with pytest.raises(BadInput, match="give a forecast ledger"):
         forecast.append_to_ledger(path, score)
+    for bit in range(8 * len(before.splitlines()[0]) + 8, 8 * len(before) - 8):
+        data = bytearray(before)
+        data[bit // 8] ^= 1 << bit % 8
+        ledger.write_bytes(data)
+        with pytest.raises(BadInput, match="ledger.csv"):
+            forecast.append_to_ledger(ledger, score)
+    assert len(forecast.ledger(RESULTS / "forecasts.csv")) == 10
 
 
 def test_laws_that_forecast_the_sweep_better_weigh_more():

@@ -70,6 +70,10 @@ class Score(NamedTuple):
     naive_error_percent: float
 
 
+LEDGER = (*Score._fields, "sha256")
+"""the columns of a ledger of scores"""
+
+
 def make(runs: Runs, ids: list[str], target_flops: float, target_params: float,
          target_tokens: float, eval_id: str, name: str = "target", sigma: float = 0.0,
          budgets: np.ndarray | None = None, clusters: np.ndarray | None = None,
@@ -203,19 +207,35 @@ def unchanged(forecast_path: Path, ids: list[str], losses: np.ndarray, place: Pa
 
 def append_to_ledger(path: Path, score: Score) -> bool:
     """Append a score to a CSV that only grows; False if that forecast is in it already."""
-    path, header = Path(path), ",".join(Score._fields)
+    rows = ledger(path)
+    if any(row["forecast_sha256"] == score.forecast_sha256 for row in rows):
+        return False
+    text = io.StringIO()
+    csv.writer(text, lineterminator="").writerow(score)
+    row = _sealed(text.getvalue())
+    files.append_lines(path, [row] if rows else [",".join(LEDGER), row])
+    return True
+
+
+def ledger(path: Path) -> list[dict[str, str]]:
+    """Read a ledger's rows, each with its own sha256 last; a changed one raises Damaged."""
+    path = Path(path)
     try:
         lines = path.read_text("utf-8").splitlines() if path.exists() else []
     except UnicodeDecodeError as bad:
         raise BadInput(f"{path} is not UTF-8 at byte {bad.start}; give a forecast ledger") from None
-    if lines and lines[0] != header:
-        raise BadInput(f"{path} begins with {lines[0]!r}, not {header!r}; give a forecast ledger")
-    if any(row["forecast_sha256"] == score.forecast_sha256 for row in csv.DictReader(lines)):
-        return False
-    text = io.StringIO()
-    csv.writer(text, lineterminator="").writerow(score)
-    files.append_lines(path, [text.getvalue()] if lines else [header, text.getvalue()])
-    return True
+    if lines and lines[0] != ",".join(LEDGER):
+        raise BadInput(f"{path} begins with {lines[0]!r}, not {','.join(LEDGER)!r}; give a "
+                       "forecast ledger")
+    for number, line in enumerate(lines[1:], 2):
+        if _sealed(line.rpartition(",")[0]) != line:
+            raise files.Damaged(f"{path}:{number} was changed after it was written; delete that "
+                                "line")
+    return list(csv.DictReader(lines))
+
+
+def _sealed(row: str) -> str:
+    return f"{row},{files.sha256_of(row.encode())[:16]}"
 
 
 def _line(found, floor):

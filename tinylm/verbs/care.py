@@ -7,6 +7,7 @@ from tyro.conf import Positional
 
 from tinylm import files, leases
 from tinylm.config import BadInput, require
+from tinylm.laws import forecast
 from tinylm.look import progress
 from tinylm.train import run
 
@@ -16,6 +17,8 @@ NOTES = ("config.json", "plan.json", "record.json", "failure.json", "environment
 """the files that a run, a sweep and a study leave outside sealed folders"""
 CLOCKS = ("timing.jsonl", "workers.jsonl", "stages.jsonl")
 """and the logs whose rows are sealed each"""
+ROWS = {**dict.fromkeys(CLOCKS, files.read_rows), "forecasts.csv": forecast.ledger}
+"""how a log of sealed rows is read, a ledger of scores too"""
 
 
 def bench(what: Positional[Literal["machine", "train", "decode", "population", "sweep"]],
@@ -106,11 +109,8 @@ def _checked(folder: Path) -> tuple[int, list[str]]:
     bad = [problem for place in manifests for problem in files.problems(place.parent)]
     for note in notes:
         bad += _noted(note)
-    for log in (p for p in found if p.name in CLOCKS):
-        try:
-            files.read_rows(log)
-        except files.Damaged as damage:
-            bad.append(str(damage))
+    for log in (p for p in found if p.name in ROWS):
+        bad += _rows(log)
     for place in sorted({p.parent for p in notes if p.name in ("config.json", "record.json")}
                         | {p.parents[2] for p in manifests if p.parent.parent.name == "checkpoints"}
                         ):
@@ -129,6 +129,15 @@ def _noted(note: Path) -> list[str]:
         return [str(damage)]
 
 
+def _rows(log: Path) -> list[str]:
+    """Say what is bad about a log whose rows are sealed each."""
+    try:
+        ROWS[log.name](log)
+    except BadInput as refusal:
+        return [str(refusal)]
+    return []
+
+
 def _checked_file(path: Path) -> tuple[int, list[str]]:
     """The same for one file, by its own seal or by the manifest, record or report that lists it."""
     if not path.is_file():
@@ -137,12 +146,8 @@ def _checked_file(path: Path) -> tuple[int, list[str]]:
         return 1, files.problems(path.parent)
     if path.suffix == ".json" and (path.name in NOTES or files.sealed(path)):
         return 1, _noted(path)
-    if path.name in CLOCKS:
-        try:
-            files.read_rows(path)
-        except files.Damaged as damage:
-            return 1, [str(damage)]
-        return 1, []
+    if path.name in ROWS:
+        return 1, _rows(path)
     for place in path.absolute().parents:
         inside = str(path.absolute().relative_to(place))
         for name in (files.MANIFEST, "record.json", "report.json"):
