@@ -58,14 +58,17 @@ def test_marks_delimiters_case_and_empty_ends_are_read_as_meant(tmp_path, text):
 
 def test_what_was_read_and_what_was_not_told_apart_is_said(tmp_path):
     said = []
-    path = write(tmp_path, "corpus,run,N,C,loss\nc4,1,10,1200,3\npile,2,20,1200,2.9\n")
+    path = write(tmp_path, "corpus,run,N,C,loss\nc4,1,1e3,1.2e7,3\npile,2,2e3,1.2e7,2.9\n")
     read_csv(path, said=said)
     assert said == ["read params from 'N', flops from 'C', loss from 'loss', "
                     "tokens as FLOPs / 6 params",
                     "not told apart: corpus c4, pile (--where corpus=... keeps one)"]
     said.clear()
     read_csv(path, {"corpus": "c4"}, said=said)
-    assert len(said) == 1
+    assert len(said) == 1 and said[0].endswith(", only where corpus is c4")
+    small = []
+    read_csv(write(tmp_path, "N,D,loss\n70,1400,3\n"), said=small)
+    assert "if these are millions" in small[1]
 
 
 def test_of_two_columns_the_named_one_is_read_and_a_pipe_is_a_table(tmp_path):

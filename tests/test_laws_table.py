@@ -186,6 +186,48 @@ def test_a_table_of_isoflop_runs_gives_its_curves_and_a_forecast(tmp_path, capsy
         plans.forecast(tmp_path, 1e21, place, params=1e9)
 
 
+def test_a_table_that_speaks_against_its_forecast_says_so_first(tmp_path, capsys):
+    rows = [(n, c / 6 / n) for c in np.geomspace(1e18, 1e21, 6)
+            for n in SURFACE.optimum(c)[0] * np.geomspace(0.25, 4, 7)]
+    params, tokens = np.array(rows).T
+    made = Runs(params, tokens, 6 * params * tokens, SURFACE.loss(params, tokens))
+    top = made.flops > 0.9 * made.flops.max()
+    cases = {"does not fall at the largest budget": made.loss * np.where(top, 1.2, 1.0),
+             "the laws miss the largest budget by -": made.loss * np.where(top, 1.05, 1.0)}
+    for n, (words, loss) in enumerate(cases.items()):
+        path = as_csv(tmp_path / f"{n}.csv", made._replace(loss=loss), "N,D,loss")
+        plans.forecast(path, 1e22, tmp_path / f"{n}.json", json=True)
+        out = json.loads(capsys.readouterr().out)
+        assert words in out["warning"]
+        assert math.log(out["high"] / out["predicted"]) > 0.03  # no less than what was missed
+    path = as_csv(tmp_path / "sound.csv", made, "N,D,loss")
+    plans.forecast(path, 1e22, tmp_path / "sound.json", json=True)
+    assert json.loads(capsys.readouterr().out)["warning"] == (
+        "the table does not say how its runs were tuned")
+    plans.forecast(path, 1e25, tmp_path / "far.json", json=True)
+    assert "the budgets span 1e+03 times" in json.loads(capsys.readouterr().out)["warning"]
+    with pytest.raises(BadInput, match="is there and is no forecast; name a new file"):
+        plans.forecast(path, 1e22, path)
+    noise = as_csv(tmp_path / "noise.csv", made._replace(
+        loss=3 + 0.1 * np.random.default_rng(0).standard_normal(42)), "N,D,loss")
+    verbs.fit(noise, json=True)  # its surface has no best size, and nothing falls over that
+    assert json.loads(capsys.readouterr().out)["curves"]["bias"].keys() <= {"refused", "percent"}
+    rng = np.random.default_rng(0)
+    n = np.geomspace(1e7, 1e9, 20)
+    d = 20 * n * np.exp(0.04 * rng.standard_normal(20))
+    loss = SURFACE.loss(n, d) * (1 + 0.01 * rng.standard_normal(20))
+    verbs.fit(as_csv(tmp_path / "one_way.csv", Runs(n, d, 6 * n * d, loss), "N,D,loss"))
+    assert "POORLY KNOWN: alpha" in capsys.readouterr().out
+    verbs.fit(path)
+    assert "POORLY" not in capsys.readouterr().out
+    for words, flags in (("twice, as a and b", {"where": ("x=a", "x=b")}),
+                         ("add --form saturating, or leave it out", {"ceiling": 9.0}),
+                         ("it does nothing: leave it out", {"objective": "ls", "delta": 0.1}),
+                         ("add --form data-constrained, or leave", {"unique_col": "D"})):
+        with pytest.raises(BadInput, match=words):
+            verbs.fit(path, **flags)
+
+
 def test_a_hundred_thousand_rows_are_read_fitted_and_compared(tmp_path, capsys):
     path = as_csv(tmp_path / "runs.csv", scattered(SURFACE, 100_000, 0.01), "N,D,loss")
     verbs.fit(path, json=True)

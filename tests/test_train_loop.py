@@ -116,7 +116,7 @@ def test_a_signal_grants_the_grace_that_there_is(monkeypatch, capsys, grace, cod
         until = time.monotonic() + 10
         while codes and not ended and time.monotonic() < until:
             time.sleep(0.01)
-        with pytest.raises(loop.Stopped, match="second signal"):
+        with pytest.raises(run.Stopped, match="second signal"):
             signal.raise_signal(signal.SIGTERM)
     assert ended == codes and ("of grace" in capsys.readouterr().err) == bool(codes)
 
@@ -185,7 +185,7 @@ def test_every_step_is_fed_its_own_batch_once_and_has_its_row(whole):
 def test_a_run_goes_on_from_its_newest_sound_checkpoint_to_the_same_bits(
         whole, tmp_path, capfd, harm):
     toy = Toy(tmp_path)
-    with pytest.raises(loop.Stopped):
+    with pytest.raises(run.Stopped):
         toy.run(stop_after=5)
     older, newest = checkpoint.steps(tmp_path / "checkpoints")
     assert (older.name, newest.name) == ("step-00000016", "step-00000020")
@@ -242,7 +242,7 @@ def test_a_slow_write_is_waited_for_and_the_last_checkpoint_stays_alone(whole, t
 
 def test_a_log_that_was_edited_before_its_checkpoint_stops_the_run(tmp_path):
     toy = Toy(tmp_path)
-    with pytest.raises(loop.Stopped):
+    with pytest.raises(run.Stopped):
         toy.run(stop_after=5)
     log = tmp_path / "metrics.jsonl"
     log.write_bytes(log.read_bytes().replace(b'"tokens": 4', b'"tokens": 5'))

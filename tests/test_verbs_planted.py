@@ -246,9 +246,11 @@ def test_lost_checkpoints_are_named_and_the_way_out_is_told(tmp_path):
 def test_fit_of_a_sweep_honours_its_flags_or_refuses_them(forecast):
     folder, _ = forecast
     fit = ("fit", folder / "sweep", "--json")
-    done = tinylm(*fit, "--form", "frontier", "--drop-worst", 1, "--bootstrap", 5)
+    few = tinylm(*fit, "--form", "frontier", "--bootstrap", 5)
+    assert few.returncode == 2 and "3 minima leave nothing to resample" in few.stderr
+    done = tinylm(*fit, "--form", "coupled", "--drop-worst", 1, "--bootstrap", 5)
     told = json.loads(done.stdout.splitlines()[-1])
-    assert told["form"] == "frontier" and told["bootstrap"]["resamples"] == 5
+    assert told["form"] == "coupled" and told["bootstrap"]["resamples"] == 5
     assert told["dropped"][0].startswith("dropped the 1 largest")
     for flags in (("--objective", "ls"), ("--drop-worst", 1), ("--bootstrap", 5)):
         done = tinylm(*fit, *flags)

@@ -142,6 +142,7 @@ def bill(params: float, tokens: float, device: Device, dollars_per_hour: float =
     """
     require("utilisation", utilisation, 1e-6, 1.0)
     require("params", params, 1.0, 1e30)
+    require("dollars_per_hour", dollars_per_hour, 0.0, 1e9)
     flops = six_nd(params, tokens) if flops is None else flops
     require("flops", flops, 1.0, 1e40)
     hours = flops / (device.flops_per_second * utilisation) / 3600

@@ -45,6 +45,7 @@ class Blend(NamedTuple):
     runs: Runs
     found: list[Minimum]  # bracketed, least budget first
     budgets: np.ndarray | None = None  # the runs' labels, if not by FLOPs
+    missed: float = 0.0  # log loss by which it errs on the last minimum, fitted below it
 
     def predictions(self, target: Target) -> dict[str, float]:
         """Give each law's prediction, nats."""
@@ -74,8 +75,11 @@ def blend(runs: Runs, budgets: np.ndarray | None = None) -> Blend:
     BadInput.
     """
     found = bracketed(runs, budgets)
-    fits = fit_all(runs, found)
-    return Blend(fits, weigh(list(fits), rolled(runs, found)), runs, found, budgets)
+    fits, errors = fit_all(runs, found), rolled(runs, found)
+    weights = weigh(list(fits), errors)
+    last = {name: weights[name] * errors[name][-1] for name in weights if errors.get(name)}
+    missed = sum(last.values()) / sum(weights[name] for name in last) if last else 0.0
+    return Blend(fits, weights, runs, found, budgets, missed)
 
 
 def fit_all(runs: Runs, found: list[Minimum]) -> dict[str, Fit]:

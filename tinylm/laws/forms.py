@@ -10,6 +10,8 @@ from typing import ClassVar
 
 import numpy as np
 
+from tinylm.config import BadInput
+
 LOGGED = ("A", "B", "k", "R_D", "R_N")
 FOUR = "add runs with 4 times more and 4 times fewer tokens a parameter at three or more budgets"
 Term = tuple[str, int, str]  # scale, column, exponent
@@ -71,6 +73,9 @@ class Surface(Law):
         `kappa`, FLOPs a parameter and token, is above 6 where attention counts.
         """
         both = self.alpha + self.beta
+        if min(self.A, self.B, self.alpha, self.beta) <= 0:
+            raise BadInput("a surface that does not fall with both sizes has no best size; these "
+                           "runs do not show one")
         ratio = np.log(self.alpha * self.A) - np.log(self.beta * self.B)
         log_params = (ratio + self.beta * np.log(flops / kappa)) / both
         params = float(np.exp(log_params))

@@ -20,6 +20,8 @@ NAMES = {"params": ("params", "N", "Model Size"), "tokens": ("tokens", "D"),
 
 PER_PARAM, PER_SIX_ND = (1e-3, 1e6), (1e-2, 1e2)
 """median tokens a parameter, and FLOPs over 6ND, beyond which a column is of another unit"""
+LEAST = 1000.0
+"""params or tokens of a run below which its table may count in millions"""
 MOST_KINDS = 9
 """of a column of words, beyond which it names runs and does not sort them"""
 
@@ -61,7 +63,8 @@ def read_csv(path: Path, only: dict[str, str] | None = None,
                 if any(row[len(header):]):
                     raise BadInput(f"{path}:{table.line_num} has {len(row)} fields and the header "
                                    f"{len(header)}; write numbers without commas or in quotes")
-                if row and all(i < len(row) and row[i] == v for i, v in keys):
+                row = [field.strip() for field in row]
+                if any(row) and all(i < len(row) and row[i] == v for i, v in keys):
                     for kinds, text in zip(kept, row, strict=False):
                         if len(kinds) < MOST_KINDS:
                             kinds.add(text)
@@ -86,7 +89,11 @@ def read_csv(path: Path, only: dict[str, str] | None = None,
     runs = Runs(**{"flops": six_nd(got["params"], got["tokens"]), **got})
     _check_units(path, runs, ", ".join(read))
     if said is not None:
-        said.append("read " + ", ".join(read))
+        said.append("read " + ", ".join(read) + "".join(
+            f", only where {name} is {value}" for name, value in (only or {}).items()))
+        if runs.params.min() < LEAST or runs.tokens.min() < LEAST:
+            said.append(f"params from {runs.params.min():.3g} and tokens from "
+                        f"{runs.tokens.min():.3g}: if these are millions, so is every size here")
         said += [f"not told apart: {name} {', '.join(sorted(kinds))} (--where {name}=... keeps one)"
                  for i, (name, kinds) in enumerate(zip(header, kept, strict=True))
                  if i not in at.values() and 1 < len(kinds) < MOST_KINDS
@@ -157,7 +164,7 @@ def _any_case(name):
 def _column(path, lines, texts, name):
     try:
         values = np.array(texts, dtype=float)
-        bad = ~(np.isfinite(values) & (values > 0))
+        bad = ~(np.isfinite(values) & (values > 1e-100))
         remedy = "a finite number above 0"
     except ValueError:
         bad, remedy = np.array([not _is_number(text) for text in texts]), "a number"

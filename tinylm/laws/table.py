@@ -8,7 +8,15 @@ import numpy as np
 
 from tinylm.config import BadInput
 from tinylm.laws.fit import Estimator, Fit, fit_frontier, fit_law, resample
-from tinylm.laws.forms import Coupled, DataConstrained, Kaplan, OverTraining, Saturating, Surface
+from tinylm.laws.forms import (
+    Coupled,
+    DataConstrained,
+    Frontier,
+    Kaplan,
+    OverTraining,
+    Saturating,
+    Surface,
+)
 from tinylm.laws.isoflop import Minimum, bias, exponents, group, minima
 from tinylm.laws.runs import Runs, distinct, drop_worst
 
@@ -18,6 +26,8 @@ SURFACES = {"chinchilla": Surface, "coupled": Coupled, "saturating": Saturating,
             "overtraining": OverTraining, "data-constrained": DataConstrained}
 FRONTIERS = ("frontier", "power-law", "power-law-last4")
 COMPARED = 5000
+SPARE = {True: 6, False: 4}  # minima that a frontier is resampled from, with a floor and without
+POORLY = 0.3  # a standard deviation over its exponent, beyond which it is said
 CUTS = (0.5, 0.6, 0.7, 0.8, 0.9)  # of the runs by compute, where there are no isoFLOP minima
 
 
@@ -53,16 +63,27 @@ def fit_form(runs: Runs, form: Form, estimator: Estimator = "huber", delta: floa
 
 
 def told(fit: Fit, resamples: int = 0) -> dict[str, Any]:
-    """Give a fit as plain values; with `resamples`, standard deviation and 95% by constant."""
+    """Give a fit as plain values; with `resamples`, standard deviation and 95% by constant.
+
+    `uncertain` holds the exponents that 60 resamples of a surface's runs move by more than POORLY.
+    """
     out = {"law": vars(fit.law), "objective": fit.objective, "runs": len(fit.residuals),
            "residual_sd": float(fit.residuals.std()), "certificate": fit.certificate}
     if resamples:
+        if isinstance(fit.law, Frontier) and len(fit.residuals) < (need := SPARE[fit.law.E > 0]):
+            raise BadInput(f"{len(fit.residuals)} minima leave nothing to resample: {need} or more "
+                           "give an error; leave --bootstrap out")
         refits = resample(fit, resamples)
         low, high = np.percentile(refits, [2.5, 97.5], axis=0)
         rows = zip(fit.law.names(), refits.std(axis=0), low, high, strict=True)
         out["bootstrap"] = {"resamples": resamples, "constants": {
             name: {"sd": float(sd), "low95": float(a), "high95": float(b)}
             for name, sd, a, b in rows}}
+    if not isinstance(fit.law, Frontier) and fit.problem.delta > 0 and (
+            len(fit.residuals) <= COMPARED):
+        spread = zip(fit.law.names(), resample(fit, 60).std(axis=0), strict=True)
+        out["uncertain"] = {name: float(sd) / vars(fit.law)[name] for name, sd in spread
+                            if name in ("alpha", "beta") and sd > POORLY * vars(fit.law)[name] > 0}
     return out
 
 
@@ -79,9 +100,11 @@ def curves(runs: Runs) -> dict[str, Any]:
                           "3 other sizes or more; isoFLOP curves need most runs to"}
         return {"minima": [], "exponents": why, "bias": why}
     found = minima(runs)
+    shown = {m.flops for m in found if m.bracketed}
     return {"minima": [{k: _finite(v) for k, v in m._asdict().items()} for m in found],
             "exponents": or_why(lambda: exponents(found)._asdict()),
-            "bias": or_why(lambda: {"percent": [b._asdict() for b in bias(runs)]})}
+            "bias": or_why(lambda: {"percent": [b._asdict() for b in bias(runs)
+                                                if b.flops in shown]})}
 
 
 def or_why(make: Callable[[], dict[str, Any]]) -> dict[str, Any]:

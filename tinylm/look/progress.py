@@ -205,6 +205,8 @@ def fitted(told: dict[str, Any], first: list[str]) -> str:
         s = spread.get(name)
         lines.append(f"  {name} = {value:.6g}" + (
             f"  (sd {s['sd']:.4g}, 95% {s['low95']:.4g} to {s['high95']:.4g})" if s else ""))
+    lines += [f"POORLY KNOWN: {name}, to {share:.0%} of itself (60 resamples); add runs at other "
+              "tokens a parameter" for name, share in told.get("uncertain", {}).items()]
     lines += curves(told["curves"]) if "curves" in told else []
     return "\n".join([*lines, f"{c['agree_share']:.0%} of {c['starts']} starts agree, gradient "
                               f"{c['gradient_norm']:.1e}, condition {c['condition']:.3g}"

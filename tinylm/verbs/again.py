@@ -92,6 +92,9 @@ def _facts(record: dict[str, Any]) -> dict[str, list[Any]]:
 
 def _records(place: Path, runs: Path | None) -> list[dict[str, Any]]:
     """Read the runs that a file was made from: a study's sweep beside it, or those of `runs`."""
+    if runs is not None and not runs.is_dir():
+        raise BadInput(f"{runs} is no folder of runs; forecast again from a table into a new file "
+                       "and compare the two")
     if runs is not None:
         return folders.records(runs)
     found = run.table(p.parent for p in (place.parent / "sweep").glob("*/record.json"))

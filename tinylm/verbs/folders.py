@@ -87,7 +87,9 @@ def chosen(runs: Path, where: tuple[str, ...]) -> dict[str, str]:
             raise BadInput(f"--where {word} is for a CSV and {runs} is a folder; leave it out"
                            if runs.is_dir() else
                            f"--where {word} is no COLUMN=VALUE; write one, such as corpus=c4")
-        found[column] = value
+        if found.setdefault(column, value) != value:
+            raise BadInput(f"--where names {column} twice, as {found[column]} and {value}; runs of "
+                           "one value are one study: give one")
     return found
 
 

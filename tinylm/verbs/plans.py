@@ -15,7 +15,7 @@ from tinylm.laws import forecast as forecasts
 from tinylm.laws import plan as planning
 from tinylm.laws.plan import Cell, cell
 from tinylm.laws.runs import Runs, read_csv
-from tinylm.laws.table import cleaned
+from tinylm.laws.table import cleaned, curves
 from tinylm.look import progress
 from tinylm.model.decoder import ModelConfig
 from tinylm.stages.pretrain import PretrainConfig
@@ -27,7 +27,7 @@ from tinylm.verbs import folders
 def forecast(runs: Positional[Path], flops: float, out: Path, D: int = 0, batch: int = 0,
              tuning: Path | None = None, params: float = 0.0, params_col: str = "",
              tokens_col: str = "", flops_col: str = "", loss_col: str = "",
-             where: tuple[str, ...] = (), json: bool = False) -> None:
+             where: tuple[str, ...] = (), drop_worst: int = 0, json: bool = False) -> None:
     """Write down the loss to expect of a larger run, before it is trained.
 
     Args:
@@ -44,6 +44,7 @@ def forecast(runs: Positional[Path], flops: float, out: Path, D: int = 0, batch:
         flops_col: the CSV's name for training FLOPs
         loss_col: the CSV's name for the loss
         where: COLUMN=VALUE: of a CSV, keep these rows only
+        drop_worst: of a CSV, leave out this many of the largest losses
         json: print the forecast on the last line
     """
     require("flops", flops, 1e6, 1e30)
@@ -52,13 +53,14 @@ def forecast(runs: Positional[Path], flops: float, out: Path, D: int = 0, batch:
     columns = folders.columns(runs, params=params_col, tokens=tokens_col, flops=flops_col,
                               loss=loss_col)
     only = folders.chosen(runs, where)
-    for flag, given, kind in (("params", params, "a CSV"), ("D", D, "a folder"),
-                              ("batch", batch, "a folder"), ("tuning", tuning, "a folder")):
+    for flag, given, kind in (("params", params, "a CSV"), ("drop-worst", drop_worst, "a CSV"),
+                              ("D", D, "a folder"), ("batch", batch, "a folder"),
+                              ("tuning", tuning, "a folder")):
         if given and runs.is_dir() == (kind == "a CSV"):
             raise BadInput(f"--{flag} {given} is for {kind} of runs and {runs} is none; leave it "
                            "out")
     if not runs.is_dir():
-        _forecast_csv(runs, only, columns, flops, params, out, json)
+        _forecast_csv(runs, only, columns, flops, params, drop_worst, out, json)
         return
     records = folders.records(runs)
     table, ids, eval_id = law.runs_of(records)
@@ -82,10 +84,10 @@ def forecast(runs: Positional[Path], flops: float, out: Path, D: int = 0, batch:
 
 
 def _forecast_csv(place: Path, only: dict[str, str], columns: dict[str, str], flops: float,
-                  params: float, out: Path, json: bool) -> None:
+                  params: float, drop_worst: int, out: Path, json: bool) -> None:
     """Forecast from anybody's table; FLOPs a parameter and token are those of its top budget."""
     said: list[str] = []
-    table, dropped = cleaned(read_csv(place, only, columns, said))
+    table, dropped = cleaned(read_csv(place, only, columns, said), drop_worst)
     _beyond(flops, table)
     bracketed = blend.bracketed(table)
     line = isoflop.exponents(bracketed)
@@ -95,6 +97,8 @@ def _forecast_csv(place: Path, only: dict[str, str], columns: dict[str, str], fl
     each = math.exp(float(np.log(top.flops / top.params / top.tokens).mean()))
     ids = [f"{place.name}#{n}" for n in range(1, len(table.loss) + 1)]
     gate = "the table does not say how its runs were tuned"
+    if why := curves(table)["exponents"].get("refused"):
+        gate = f"{why}; {gate}"
     made = forecasts.make(table, ids, flops, params, flops / each / params, place.name,
                           warning=_warned(flops, table, gate))
     sha = forecasts.write(out, made)
