@@ -99,6 +99,16 @@ def test_tokens_of_another_tokenizer_are_refused_wherever_they_are_opened(copy):
         assert done.returncode == 2 and "holds tokens of tokenizer" in done.stderr, verb
 
 
+def test_a_begun_population_and_a_member_without_a_record_are_sound(tmp_path):
+    for name, facts in (("population-1", {"logs": [[9, "x", True]]}), ("member", {})):
+        with files.staged(tmp_path / name / "checkpoints/step-00000008", **facts) as draft:
+            (draft / "params").write_text("x")
+    for name in ("config.json", "plan.json", "environment.json"):
+        files.write_json(tmp_path / "member" / name, {"id": "m"})
+    found = tinylm("verify", tmp_path)
+    assert found.returncode == 0, found.stdout
+
+
 def test_a_linked_run_is_fitted_and_verified_as_any_other(tmp_path):
     for config in GRID:
         place = tmp_path / "sweep" / cells.name(config)
@@ -169,6 +179,9 @@ def test_the_forecast_of_any_folder_is_made_again_from_its_runs(tmp_path):
     assert tinylm("forecast", tmp_path, "--flops", 5e12, "--out", place).returncode == 0
     done = tinylm("replay", place, "--runs", tmp_path)
     assert done.returncode == 0 and "equal" in done.stdout, done.stdout + done.stderr
+    far = tmp_path / "far.json"
+    assert "the budgets span" in tinylm("forecast", tmp_path, "--flops", 5e14, "--out", far).stdout
+    assert tinylm("replay", far, "--runs", tmp_path).returncode == 0
     assert "name the folder of its runs" in tinylm("replay", place).stderr
     place.write_text(place.read_text().replace('"name": "target"', '"name": "better"'))
     assert tinylm("verify", tmp_path).returncode == 1

@@ -114,7 +114,8 @@ def make(runs: Runs, ids: list[str], target_flops: float, target_params: float,
         predicted, off, coverage = (blended.predicted(target), found._asdict(),
                                     intervals.coverage_told())
         width = max(intervals.half_width(found), abs(blended.missed))
-        warning = "; ".join(filter(None, (warning, *doubts(blended, target))))
+        new = (doubt for doubt in doubts(blended, target) if doubt not in warning)
+        warning = "; ".join(filter(None, (warning, *new)))  # a replay gives the whole warning
         straight = naive(blended.found, target.flops)
         if len(blended.found) == LEAST_BUDGETS:
             guess = intervals.rough_half_width(target.flops / blended.found[-1].flops)

@@ -92,19 +92,24 @@ def curves(runs: Runs) -> dict[str, Any]:
 
     What the runs do not show says why under `refused`; a number that is none is None.
     """
-    labels = group(runs.flops)
-    sizes = np.unique(np.stack([labels, np.log(runs.params).round(6)]), axis=1)[0].astype(int)
-    curved = int((np.bincount(sizes)[labels] >= 4).sum())
-    if curved < len(labels) / 2:
-        why = {"refused": f"{curved} of {len(labels)} runs share a budget (FLOPs within 3%) with "
-                          "3 other sizes or more; isoFLOP curves need most runs to"}
-        return {"minima": [], "exponents": why, "bias": why}
+    if why := scattered(runs):
+        return {"minima": [], "exponents": {"refused": why}, "bias": {"refused": why}}
     found = minima(runs)
     shown = {m.flops for m in found if m.bracketed}
     return {"minima": [{k: _finite(v) for k, v in m._asdict().items()} for m in found],
             "exponents": or_why(lambda: exponents(found)._asdict()),
             "bias": or_why(lambda: {"percent": [b._asdict() for b in bias(runs)
                                                 if b.flops in shown]})}
+
+
+def scattered(runs: Runs) -> str:
+    """Say why there are no isoFLOP curves where most runs share no budget; empty where they do."""
+    labels = group(runs.flops)
+    sizes = np.unique(np.stack([labels, np.log(runs.params).round(6)]), axis=1)[0].astype(int)
+    curved = int((np.bincount(sizes)[labels] >= 4).sum())
+    return "" if curved >= len(labels) / 2 else (
+        f"{curved} of {len(labels)} runs share a budget (FLOPs within 3%) with 3 other sizes or "
+        "more; isoFLOP curves need most runs to")
 
 
 def or_why(make: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -164,8 +164,8 @@ def faults(folder: Path) -> list[str]:
     """List in words what a folder of a run has lost, or holds of another run."""
     folder, done = Path(folder), record(folder)
     saves = sorted(folder.glob("checkpoints/step-*"))
-    if done is None and not saves:
-        return []
+    if done is None and (not saves or folder.name.startswith("population-")):
+        return []  # a population's config, plan and logs are its members'
     out = [f"{folder / name} is missing" for name in ("config.json", "plan.json",
                                                       "environment.json")
            if not (folder / name).exists()]
@@ -179,7 +179,7 @@ def faults(folder: Path) -> list[str]:
             continue
         if facts.get("run", mine) != mine:
             out.append(f"{place} {OTHERS.format(facts['run'], mine)}")
-        elif not done and place == saves[-1]:
+        elif not done and place == saves[-1] and facts.get("logs"):
             size, sha, _ = facts["logs"][0]
             log = folder / "metrics.jsonl"
             if size and not (log.exists() and files.sha256_of(log.read_bytes()[:size]) == sha):

@@ -116,7 +116,7 @@ def _checked(folder: Path) -> tuple[int, list[str]]:
                         ):
         try:
             bad += run.faults(place)
-        except (BadInput, files.Damaged) as refusal:
+        except BadInput as refusal:
             bad.append(str(refusal))
     return len(manifests) + len(notes), list(dict.fromkeys(bad))
 

@@ -15,7 +15,7 @@ from tinylm.laws import forecast as forecasts
 from tinylm.laws import plan as planning
 from tinylm.laws.plan import Cell, cell
 from tinylm.laws.runs import Runs, read_csv
-from tinylm.laws.table import cleaned, curves
+from tinylm.laws.table import cleaned, scattered
 from tinylm.look import progress
 from tinylm.model.decoder import ModelConfig
 from tinylm.stages.pretrain import PretrainConfig
@@ -97,7 +97,7 @@ def _forecast_csv(place: Path, only: dict[str, str], columns: dict[str, str], fl
     each = math.exp(float(np.log(top.flops / top.params / top.tokens).mean()))
     ids = [f"{place.name}#{n}" for n in range(1, len(table.loss) + 1)]
     gate = "the table does not say how its runs were tuned"
-    if why := curves(table)["exponents"].get("refused"):
+    if why := scattered(table):
         gate = f"{why}; {gate}"
     made = forecasts.make(table, ids, flops, params, flops / each / params, place.name,
                           warning=_warned(flops, table, gate))
@@ -196,9 +196,10 @@ def cost(tokens: float = 0.0, params: float = 0.0, device: str = "H200",
             row["bill"] = bill(row["params"], row["tokens"] or 0, flops) if flops else None
         progress.answer({"device": device, "models": rows}, json, progress.published(rows, device))
         return
-    for name, value, low in (("tokens", tokens, 1), ("params", params, 1), ("batch", batch, 1)):
-        if value or name == "batch":
-            require(name, value, low, 1e18)
+    for name, value in (("tokens", tokens), ("params", params)):
+        if value:
+            require(name, value, 1, 1e18)
+    require("batch", batch, 1, 1e18)
     if params:
         if model != ModelConfig():
             raise BadInput(f"--params {params:g} and --model are two models; give one")
