@@ -1,6 +1,7 @@
 """The verbs of the command line: each a thin call of library functions with the same defaults."""
 
 import ast
+import functools
 import importlib
 from collections.abc import Callable
 from pathlib import Path
@@ -33,11 +34,16 @@ def load(chosen: str | None) -> dict[str, Callable[..., None]]:
 
 
 def _stand_in(source: Path, function: str) -> Callable[[], None]:
-    tree = ast.parse(source.read_text("utf-8"))
-    node = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == function)
+    node = next(n for n in _parsed(source).body
+                if isinstance(n, ast.FunctionDef) and n.name == function)
 
     def verb() -> None:
         raise AssertionError(f"{function} was not imported")
 
     verb.__doc__ = ast.get_docstring(node).splitlines()[0]
     return verb
+
+
+@functools.cache
+def _parsed(source: Path) -> ast.Module:
+    return ast.parse(source.read_text("utf-8"))
