@@ -3,7 +3,7 @@
 question   After the same tuning, preferences and budgets at three sizes: exact answers by family,
            turns that end, system prompts obeyed, base text's tax, a reward model's accuracy beside
            its ceiling, and what DPO, PPO, GRPO and best-of-n add to the tuned model.
-command    python experiments/alignment_bands.py --out studies/bands
+command    python experiments/alignment_bands.py --out studies/bands --study studies/laptop
 cost       not measured yet
 expected   at 1M parameters: 80% of copies, lists and choices, 99% of turns ended, 90% of system
            prompts obeyed, a tax of 5%, 90% of the ceiling at 4,000 pairs, 5 points by a policy on
@@ -59,12 +59,16 @@ class Args:
     """generated to tune on"""
     steps: int = LAPTOP.sft_steps
     """of tuning, 16 rows each"""
-    ranked: int = 4000
-    """tasks whose answers are ranked, two each: a pair a task"""
+    ranked: int = 4500
+    """tasks whose answers are ranked, two each: a pair a task, of which a tenth judges"""
     rollouts: int = 40
     """of the policies"""
     asked: int = 600
-    """tasks a family, and sentences that may win; the glossary has 630"""
+    """tasks a family; the glossary has 630"""
+    sentences: int = 1000
+    """of which the better one wins"""
+    study: Path | None = None
+    """a finished default study, whose chat model is aligned and measured too"""
     best_of: int = 16
     """samples that the reward model chooses from"""
     V: int = LAPTOP.base.V
@@ -77,7 +81,7 @@ def main(args: Args) -> int:
     """Make every size's runs and its table; print the bands."""
     if len(args.widths) != len(args.flops):
         raise BadInput(f"{len(args.widths)} widths and {len(args.flops)} FLOPs; give one a width")
-    asked = suite.SuiteConfig(args.asked)
+    asked = suite.SuiteConfig(args.asked, sentences=args.sentences)
     fixed = {"suite": asdict(asked), "tasks_id": tasks.tasks_id(suite.drawn(asked)),
              "ranked": FAMILY, "exact": EXACT, "judge": "rubric.graded, ties half"}
     fixed["id"] = digest(fixed)[:16]
@@ -90,8 +94,11 @@ def main(args: Args) -> int:
              zip(args.widths, args.flops, strict=True)}
     with progress.live("base") as watch:
         runner.sweep(args.out / "base", list(bases.values()), data.folder, watch)
-    sizes = {width: aligned(args, width, args.out / "base" / cells.name(config))
+    sizes = {width: aligned(args, args.out / str(width), args.out / "base" / cells.name(config))
              for width, config in bases.items()}
+    if args.study:
+        sizes["study"] = aligned(args, args.out / "study", args.study / "target",
+                                 args.study / "chat")
     table = [row(width, name, told) for width, size in sizes.items()
              for name, told in size["runs"].items()]
     for width, size in sizes.items():
@@ -99,9 +106,9 @@ def main(args: Args) -> int:
     if args.results:
         write_table(args.results / "alignment_bands.csv", COLUMNS, table)
         files.write_json(args.results / "alignment_bands.json", {
-            **fixed, "settings": {
-                k: v for k, v in vars(args).items() if k not in ("out", "corpus", "results")},
-            "sizes": sizes})
+            **fixed, "sizes": sizes, "settings": {
+                k: v for k, v in vars(args).items()
+                if k not in ("out", "corpus", "results", "study")}})
     return 0
 
 
@@ -112,13 +119,11 @@ def base(width: int, flops: float, data: Dataset) -> PretrainConfig:
                         LAPTOP.rule, LAPTOP.batch, data.id)
 
 
-def aligned(args: Args, width: int, trunk: Path) -> dict:
-    """Tune, rank, judge and optimise one size; give its table."""
-    place = args.out / str(width)
-    tuned, judge = place / "sft", place / "reward"
-    done = {name: (place / name / "record.json").exists()
-            for name in ("sft", "reward", *METHODS)}
-    if not done["sft"]:
+def aligned(args: Args, place: Path, trunk: Path, given: Path | None = None) -> dict:
+    """Tune a trunk (or take its tuned run), rank, judge and optimise in a place; give its table."""
+    tuned, judge = given or place / "sft", place / "reward"
+    done = {name: (place / name / "record.json").exists() for name in ("reward", *METHODS)}
+    if not (tuned / "record.json").exists():
         sft(trunk, tuned, tasks=args.tasks, optim=LAPTOP.sft, steps=args.steps,
             replay=LAPTOP.replay, corpus=args.corpus)
     if not done["reward"]:
@@ -133,7 +138,7 @@ def aligned(args: Args, width: int, trunk: Path) -> dict:
             method(tuned, place / name, reward=by, family=family, count=count, policy=dials)
     if not (place / "table.json").exists():
         evaluate(tuned, (trunk, *(place / m for m in METHODS)), args.asked, reward=judge,
-                 best_of=args.best_of, out=place / "table.json")
+                 best_of=args.best_of, sentences=args.sentences, out=place / "table.json")
     return files.read_json(place / "table.json")
 
 
@@ -141,7 +146,7 @@ COLUMNS = ("width", "run", "macro", *tasks.FAMILIES, "stops", "obeyed", "bits_pe
            "grade", "wins", "wins_low95", "kl_nats", "proxy")
 
 
-def row(width: int, name: str, told: dict) -> tuple:
+def row(width: int | str, name: str, told: dict) -> tuple:
     """Give a run's row of the table."""
     return (width, name, told["macro"], *(told["exact"][f]["rate"] for f in tasks.FAMILIES),
             told["stops"]["rate"], told["obeyed"]["rate"], told["bits_per_byte"], told["grade"],

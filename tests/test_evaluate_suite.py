@@ -1,11 +1,14 @@
 """What answers the suite takes: the likeliest, or of several the one that a judge likes."""
 
+from collections import Counter
+
 import jax
 import numpy as np
 import pytest
 
 from tinylm.evaluate import pool, suite
 from tinylm.model.decoder import ModelConfig, init
+from tinylm.text import tasks
 
 MODEL = ModelConfig(V=48, D=8, L=1, H=1, T=64)
 PROMPTS = [np.array([1, 20 + n, 30, 40 - n]) for n in range(6)]
@@ -27,6 +30,14 @@ def test_of_several_answers_the_judge_gets_the_ended_one_it_likes(params, sign):
                        lambda rolled, _: sign * rolled.mask.sum(1), 8)
     wanted = np.where(lengths > 0, sign * lengths, -99).max(0)
     assert (sign * best.mask.sum(1) == wanted)[some].all() and (best.ended == some).all()
+
+
+def test_sentences_that_may_win_are_as_many_as_asked_for_and_no_other_family_grows():
+    for each, sentences, wanted in ((3, 0, 3), (3, 7, 7), (8, 5, 5)):
+        asked = suite.drawn(suite.SuiteConfig(each, sentences=sentences))
+        found = Counter(task.family for task in asked if task.rule == "plain")
+        assert found == dict.fromkeys(tasks.FAMILIES, each) | {"sentence": wanted}
+        assert len(set(asked)) == len(asked)
 
 
 def test_labels_follow_the_gold_and_their_ceiling_is_a_perfect_judges_accuracy():

@@ -84,8 +84,8 @@ def test_a_toy_study_of_the_bands_fixes_what_is_asked_before_it_trains(tmp_path)
     text.write_text("\n".join(story(n, 40) for n in range(30)))
     done = experiment("alignment_bands", "--out", tmp_path / "out", "--corpus", text, "--widths", 8,
                       "--flops", 5e8, "--V", 128, "--tasks", 300, "--steps", 20,
-                      "--ranked", 40, "--rollouts", 2, "--asked", 11, "--best-of", 2, "--results",
-                      tmp_path)
+                      "--ranked", 40, "--rollouts", 2, "--asked", 11, "--sentences", 13,
+                      "--best-of", 2, "--results", tmp_path)
     assert done.returncode == 0, done.stderr
     rows = list(csv.DictReader((tmp_path / "alignment_bands.csv").read_text().splitlines()))
     assert len(rows) == 7 and {r["width"] for r in rows} == {"8"}

@@ -129,6 +129,7 @@ def test_runs_of_another_text_or_a_shorter_judge_are_refused(chain):
     ("either --data with rankings or --sampled", ("reward", "sft", "--out", "new")),
     ("say how many --tasks", ("eval", "sft", "--also", "base")),
     ("say how many --tasks", ("eval", "sft", "--reward", "base")),
+    ("--sentences 9 is for the table", ("eval", "sft", "--sentences", 9)),
     ("nothing to choose by", ("eval", "sft", "--tasks", 2, "--best-of", 2)),
     ("give a folder of tinylm reward", ("eval", "sft", "--tasks", 2, "--reward", "base")),
     ("either --data with rankings or --sampled", ("dpo", "sft", "--out", "new")),

@@ -45,17 +45,22 @@ class SuiteConfig:
     """tokens of an answer at most"""
     seed: int = 0
     """of the tasks and the draws"""
+    sentences: int = 0
+    """plain sentences asked, whose grades win or lose; 0: as many as of the other families"""
 
     def __post_init__(self):
         require("each", self.each, 1, 1e5)
         require("budget", self.budget, 1, 1e6)
         require("seed", self.seed, 0, 2**32 - 1)
+        require("sentences", self.sentences, 0, 1e5)
 
 
 def drawn(config: SuiteConfig) -> list[Task]:
     """Draw the suite's tasks: every family plain, every rule over all families."""
-    plain = [t for family in tasks.FAMILIES
-             for t in tasks.draw(family, "plain", config.split, config.seed, config.each)]
+    counts = dict.fromkeys(tasks.FAMILIES, config.each)
+    counts["sentence"] = config.sentences or config.each
+    plain = [t for family, count in counts.items()
+             for t in tasks.draw(family, "plain", config.split, config.seed, count)]
     few = -(-config.each // len(tasks.FAMILIES))
     return plain + [t for rule in tasks.RULES[1:] for family in tasks.FAMILIES
                     for t in tasks.draw(family, rule, config.split, config.seed, few)]

@@ -188,7 +188,7 @@ def sft(parent: Positional[Path], out: Path, data: tuple[Path, ...] = (),
 def evaluate(target: Positional[Path], also: tuple[Path, ...] = (), tasks: int = 0,
              pairs: tuple[Path, ...] = (), out: Path | None = None,
              split: Literal["test", "reworded"] = "test", budget: int = 32,
-             reward: Path | None = None, best_of: int = 0, seed: int = 0,
+             reward: Path | None = None, best_of: int = 0, sentences: int = 0, seed: int = 0,
              text: Path | None = None, json: bool = False) -> None:
     """Measure the held-out loss of a finished run, or put runs of one lineage into one table.
 
@@ -202,6 +202,7 @@ def evaluate(target: Positional[Path], also: tuple[Path, ...] = (), tasks: int =
         budget: tokens of an answer at most
         reward: folder of a reward model whose scores the table gives too
         best_of: samples of the first run of which that reward model chooses, for a row of its own
+        sentences: sentences to ask, whose grades win or lose; 0: as many as of other --tasks
         seed: of the tasks and the draws
         text: a prepared folder with the run's tokenizer; none: the run's own
         json: print the losses on the last line
@@ -212,8 +213,10 @@ def evaluate(target: Positional[Path], also: tuple[Path, ...] = (), tasks: int =
     if pairs and tasks:
         raise BadInput(f"--pairs {pairs[0]} judge one run and --tasks make a table; ask for them "
                        "one at a time")
-    if reward and not tasks:
-        raise BadInput(f"--reward {reward} is for the table; say how many --tasks a family to ask")
+    for flag, value in (("reward", reward), ("sentences", sentences)):
+        if value and not tasks:
+            raise BadInput(f"--{flag} {value} is for the table; say how many --tasks a family to "
+                           "ask")
     if best_of and not reward:
         raise BadInput(f"--best-of {best_of} has nothing to choose by; name a --reward model")
     require("best_of", best_of, 0, 1024)
@@ -238,7 +241,8 @@ def evaluate(target: Positional[Path], also: tuple[Path, ...] = (), tasks: int =
                         f"{found.nats_per_token:.4f} nats a token (se {found.stderr:.4f}), "
                         f"{found.bits_per_byte:.4f} bits a byte, {found.tokens} tokens")
         return
-    asked, rows, first = suite.SuiteConfig(tasks, split, budget, seed), {}, None
+    asked = suite.SuiteConfig(tasks, split, budget, seed, sentences)
+    rows, first = {}, None
     for place in also:
         model, others, _ = models.opened(place, text)
         if (model, others.tokenizer_id, others.id) != (config, tokens.tokenizer_id, tokens.id):
