@@ -134,18 +134,26 @@ def advance(
     blocks, k = model.blocks(), min(k, config.V)
     out = Said(jnp.zeros((B, count), jnp.int32), jnp.zeros((B, count)),
                jnp.zeros((B, count, k), jnp.int32), jnp.zeros((B, count, k)))
+    lengths = (state.slot - state.begin)[:, None] + jnp.arange(count)
+    own = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys, lengths)
+    shares = jax.vmap(jax.vmap(lambda key: jax.random.uniform(key, (2,))))(own).T  # [2, N, B]
+    cool, plain = jnp.maximum(temperature, 1e-6)[:, None], jnp.all(temperature == 1)
 
     def one(carry):
         state, out, n = carry
-        logp = jax.nn.log_softmax(state.logits, axis=-1)
-        own = jax.vmap(jax.random.fold_in)(keys, state.slot - state.begin)
-        shares = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(own).T
-        p = jax.nn.softmax(logp / jnp.maximum(temperature, 1e-6)[:, None], axis=-1)
-        p = jax.lax.cond(jnp.any(top_p < 1), lambda p: _nucleus(p, top_p), lambda p: p, p)
-        token = jnp.where(temperature > 0, _inverted(p, shares), jnp.argmax(logp, axis=-1))
-        token = jnp.where(state.stopped, 0, token).astype(jnp.int32)
-        best_logp, best = jax.lax.top_k(logp, k)
-        said = (token, jnp.take_along_axis(logp, token[:, None], axis=1)[:, 0], best, best_logp)
+        logits = state.logits - state.logits.max(axis=-1, keepdims=True)
+        whole = jnp.exp(logits)
+        p = jax.lax.cond(plain, lambda: whole, lambda: jnp.exp(logits / cool))
+        p = jax.lax.cond(jnp.any(top_p < 1), lambda p: _nucleus(
+            p / p.sum(axis=-1, keepdims=True), top_p), lambda p: p, p)
+        token = _inverted(p, shares[:, n])
+        token = jax.lax.cond(jnp.all(temperature > 0), lambda: token, lambda: jnp.where(
+            temperature > 0, token, jnp.argmax(logits, axis=-1).astype(jnp.int32)))
+        token = jnp.where(state.stopped, 0, token)
+        total = jnp.log(whole.sum(axis=-1, keepdims=True))
+        best_logp, best = jax.lax.top_k(logits, k)
+        said = (token, (jnp.take_along_axis(logits, token[:, None], axis=1) - total)[:, 0], best,
+                best_logp - total)
         logits, cache = model.extend(blocks, token[:, None], state.cache, state.slot, state.begin)
         stopped = state.stopped | (token < CONTROL) | (state.slot + 1 - state.begin >= config.T)
         fresh = Decoding(cache, logits[:, 0], state.slot + 1, state.begin, stopped)
@@ -177,7 +185,7 @@ def _nucleus(p: Float[Array, "B V"], share: Float[Array, "B"]) -> Float[Array, "
 
 
 def _inverted(p: Float[Array, "B V"], shares: Float[Array, "2 B"]) -> Int[Array, "B"]:
-    """Give the token at which the cumulative distribution passes a share, in two levels."""
+    """Give the token at which the running sum of p passes a share of its whole, in two levels."""
     B, V = p.shape
     p = jnp.pad(p, ((0, 0), (0, -V % GROUP))).reshape(B, -1, GROUP)
     outer, inner = shares
