@@ -134,7 +134,7 @@ def test_harm_to_what_is_finished_is_named_by_the_next_command(world, tally, kin
         for made in dict.fromkeys(("sft", kind)):
             world.ok(tinylm(*world.again[made]))
     for path in tally.chosen(world.kept(kind), 20):
-        for harm in harms(path, tally.many(1, 60)):
+        for harm in harms(path, tally.many(1, 66)):
             if path.name in CLOCKS and harm in HARMS:  # rows of clocks may be thrown away
                 continue
             with harmed(path, harm, tally.rng) as what:
