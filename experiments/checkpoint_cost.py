@@ -5,7 +5,7 @@ question   Training that saves every `every` seconds against training that saves
            is verified again and again.
 command    python experiments/checkpoint_cost.py --out studies/checkpoints \\
                --results experiments/results
-cost       12 minutes on two cores
+cost       37 minutes on two cores
 expected   under 2% at 30 seconds, 1 GB/s or more
 result     experiments/LOG.md, "What a checkpoint costs"
 """

@@ -1,6 +1,9 @@
 """Files appear whole or not at all, and a changed bit is named."""
 
+import json
 import os
+import re
+from pathlib import Path
 
 import pytest
 
@@ -180,3 +183,16 @@ def test_files_that_a_record_lists_are_told_apart_missing_or_changed(tmp_path):
     assert files.changed(tmp_path, {"same": sha, "other": sha, "gone": sha}) == [
         f"{tmp_path}/other has other bytes than its record says",
         f"{tmp_path}/gone is missing, and its record lists it"]
+
+
+def test_the_readme_tells_the_recorded_faults():
+    root = Path(__file__).parents[1]
+    rows = [json.loads(line) for line in
+            (root / "experiments/results/faults.jsonl").read_text().splitlines()]
+    harms = [row for row in rows if "a flipped bit" in row["faults"]]
+    bits = sum(int(re.search(r"(\d+) of them single bits", row["found"])[1]) for row in harms)
+    kills = [row["trials"] for row in rows if "kill -9" in row["faults"]]
+    assert bits >= 10_000 and sorted(kills) == [30, 30, 100, 100, 100]
+    told = (root / "README.md").read_text()
+    others = sum(row["trials"] for row in harms) - bits
+    assert f"| {bits:,} |" in told and f"| {others:,} |" in told
