@@ -21,8 +21,9 @@ test: $(VENV)/test.ok
 
 # every fault instead of a sample, for an hour or more; a row a test
 faults: $(VENV)/test.ok
-	rm -f experiments/results/faults.jsonl
-	$(VENV)/bin/python -m pytest tests/faults -m "slow or not slow" --dist=load --draw $$(date +%s) --long experiments/results/faults.jsonl
+	mkdir -p studies
+	rm -f studies/faults.jsonl
+	$(VENV)/bin/python -m pytest tests/faults -m "slow or not slow" --dist=load --draw $$(date +%s) --long studies/faults.jsonl
 
 # tracked notebooks and README's figure change here only: redrawn from experiments/results
 notebooks: $(VENV)/test.ok

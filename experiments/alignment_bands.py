@@ -33,7 +33,7 @@ from tinylm.sweep.presets import LAPTOP
 from tinylm.text import corpora, prepare, tasks
 from tinylm.text.shards import Dataset
 from tinylm.train.optim import OptimConfig
-from tinylm.verbs import align
+from tinylm.verbs import align, folders
 from tinylm.verbs.runs import evaluate, sft
 
 FAMILY = ("sentence",)
@@ -81,6 +81,8 @@ def main(args: Args) -> int:
     """Make every size's runs and its table; print the bands."""
     if len(args.widths) != len(args.flops):
         raise BadInput(f"{len(args.widths)} widths and {len(args.flops)} FLOPs; give one a width")
+    if args.study:
+        folders.finished(args.study / "chat")  # else it would be tuned there, hours later
     asked = suite.SuiteConfig(args.asked, sentences=args.sentences)
     fixed = {"suite": asdict(asked), "tasks_id": tasks.tasks_id(suite.drawn(asked)),
              "ranked": FAMILY, "exact": EXACT, "judge": "rubric.graded, ties half"}

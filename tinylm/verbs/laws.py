@@ -53,8 +53,8 @@ def fit(runs: Positional[Path], form: table.Form | None = None,
             progress.answer(fitted, json, progress.law(fitted))
             return
     for flag, given, reason in (
-            ("form", compare and form, "names one law and --compare ranks all"),
-            ("bootstrap", compare and bootstrap, "is for one law and --compare ranks all"),
+            ("form", compare and form, "names one law and --compare ranks all;"),
+            ("bootstrap", compare and bootstrap, "is for one law and --compare ranks all;"),
             ("ceiling", not compare and form != "saturating" and ceiling,
              "is the saturating law's; add --form saturating, or"),
             ("delta", delta != 1e-3 and (objective != "huber" or form in table.FRONTIERS) and delta,
@@ -62,10 +62,9 @@ def fit(runs: Positional[Path], form: table.Form | None = None,
             ("unique-col", not compare and form != "data-constrained" and unique_col,
              "is the data-constrained law's; add --form data-constrained, or"),
             ("objective", form in table.FRONTIERS and objective != "huber" and objective,
-             f"is for surfaces; {form} is fitted to minima by least squares")):
+             f"is for surfaces; {form} is fitted to minima by least squares;")):
         if given:
-            raise BadInput(f"--{flag} {given} {reason}{'' if reason[-1] in 'r:' else ';'} leave it "
-                           "out")
+            raise BadInput(f"--{flag} {given} {reason} leave it out")
     require("ceiling", ceiling, 0, 1e6)
     said: list[str] = []
     everything = (law.runs_of(records)[0] if runs.is_dir()
