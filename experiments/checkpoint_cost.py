@@ -1,11 +1,11 @@
 """What do checkpoints cost, and how fast are they verified?
 
-question   Training that saves every `every` seconds against training that saves once, at its end:
-           the same steps of the same shape in turn, compiling left out. Then the newest checkpoint
-           is verified again and again.
+question   One run that saves every second block of `every` seconds: the blocks that begin with a
+           save against those that do not, neighbours of each other. Then the newest checkpoint is
+           verified again and again.
 command    python experiments/checkpoint_cost.py --out studies/checkpoints \\
                --results experiments/results
-cost       37 minutes on two cores
+cost       40 minutes on two cores
 expected   under 2% at 30 seconds, 1 GB/s or more
 result     experiments/LOG.md, "What a checkpoint costs"
 """
@@ -19,6 +19,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import tyro
 
 from tinylm import files, machine
@@ -37,7 +38,7 @@ from tinylm.train.optim import OptimConfig  # noqa: E402
 
 @dataclass
 class Args:
-    """Time training with and without checkpoints, and verification."""
+    """Time training after a checkpoint and without one, and verification."""
 
     out: Path
     """folder of the runs, which are deleted as they end"""
@@ -47,12 +48,10 @@ class Args:
     """text files; none: the default corpus"""
     shapes: tuple[str, ...] = ("m", "xl")
     """of tinylm bench"""
-    seconds: float = 65.0
-    """of training a run"""
     every: float = 30.0
-    """seconds between checkpoints"""
-    rounds: int = 3
-    """pairs of runs"""
+    """seconds of a block"""
+    rounds: int = 16
+    """pairs of blocks"""
 
 
 def main(args: Args) -> int:
@@ -71,42 +70,43 @@ def main(args: Args) -> int:
 
 
 def timed(args: Args, model, rows: int, data: Dataset) -> dict:
-    """Give the slowdown of a shape by round, and the rate of verifying its checkpoint."""
+    """Give the slowdown of a shape by pair of blocks, and the rate of verifying its checkpoint."""
     plan = machine.plan_for(rows, model.T, model.D, *machine.survey())
-    for tries in (4, 8):  # the first one compiles
-        step = run(args.out, model, rows, data, plan, tries * plan.chunk, 0)[0] / tries / plan.chunk
-    steps, between = (plan.chunk * math.ceil(s / step / plan.chunk)
-                      for s in (args.seconds, args.every))
-    ratios, saved, speed = [], [], []
-    for n in range(args.rounds):
-        pair = {}
-        for every in (0, between)[::1 if n % 2 else -1]:
-            pair[every], save, speed = run(args.out, model, rows, data, plan, steps, every)
-            saved += [save] if every else []
-        ratios.append(pair[between] / pair[0])
-    return {"steps": steps, "steps_between": between, "slowdown_percent": [
-                round(100 * (r - 1), 2) for r in ratios],
-            "median_slowdown_percent": 100 * (statistics.median(ratios) - 1),
-            "seconds_waited_for_saves": saved, **speed}
-
-
-def run(out: Path, model, rows: int, data: Dataset, plan: machine.Plan, steps: int,
-        every: int) -> tuple[float, float, dict]:
-    """Train; give seconds without compiling and evaluating, those of saves, and verification."""
-    place = out / "run"
-    shutil.rmtree(place, ignore_errors=True)
-    config = PretrainConfig(model, OptimConfig(), steps, rows * model.T, data_id=data.id)
-    pretrain(place, config, data, dataclasses.replace(plan, checkpoint_every=every or steps))
-    (row,) = files.read_rows(place / "timing.jsonl")
-    spent = row["wall_seconds"] - row["compile_seconds"] - row["evaluate_seconds"]
+    chunk = plan.chunk
+    place = args.out / "run"
+    ends = train(place, model, rows, data, plan, 5 * chunk)  # the first compiles
+    block = chunk * math.ceil(args.every * 4 * chunk / (ends[5 * chunk] - ends[chunk]) / chunk)
+    plan = dataclasses.replace(plan, checkpoint_every=2 * block)
+    ends = train(place, model, rows, data, plan, (2 * args.rounds + 2) * block)
+    at = np.array([ends[n * block] for n in range(1, 2 * args.rounds + 3)])
+    quiet, saving = np.diff(at)[::2], np.diff(at)[1::2]  # the first save is at the second end
+    percent = 100 * (saving / ((quiet[:-1] + quiet[1:]) / 2) - 1)
+    lots = np.random.default_rng(0).choice(percent, (10_000, len(percent)))
     last = checkpoint.steps(place / "checkpoints")[-1]
     size, took = sum(p.stat().st_size for p in last.rglob("*") if p.is_file()), []
     for _ in range(5):
         began = time.perf_counter()
         files.verified(last)
         took.append(time.perf_counter() - began)
-    return spent, row["save_seconds"], {
-        "checkpoint_bytes": size, "verified_bytes_per_second": size / statistics.median(took)}
+    (row,) = files.read_rows(place / "timing.jsonl")
+    shutil.rmtree(place)
+    return {"steps_of_block": block, "seconds_of_block": float(np.median(quiet)),
+            "slowdown_percent": percent.round(2).tolist(),
+            "mean_slowdown_percent": float(percent.mean()),
+            "interval_95": np.quantile(lots.mean(1), [.025, .975]).tolist(),
+            "median_slowdown_percent": float(np.median(percent)),
+            "seconds_waited_a_save": row["save_seconds"] / (args.rounds + 1),
+            "checkpoint_bytes": size, "verified_bytes_per_second": size / statistics.median(took)}
+
+
+def train(place: Path, model, rows: int, data: Dataset, plan: machine.Plan,
+          steps: int) -> dict[int, float]:
+    """Train in a new folder; give the clock at which each step's chunk had ended."""
+    shutil.rmtree(place, ignore_errors=True)
+    config = PretrainConfig(model, OptimConfig(), steps, rows * model.T, data_id=data.id)
+    ends = {}
+    pretrain(place, config, data, plan, lambda step, _: ends.update({step: time.perf_counter()}))
+    return ends
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def test_a_checkpoint_too_large_for_its_disk_is_an_os_error_and_the_one_before_s
     if met == "before":
         monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda place: SimpleNamespace(free=9))
     else:
-        monkeypatch.setattr(checkpoint.ocp.StandardCheckpointer, "save", full)
+        monkeypatch.setattr(checkpoint.ocp.AsyncCheckpointer, "save", full)
     with pytest.raises(OSError, match="No space left"):
         checkpoint.save(tmp_path, second)
     assert capfd.readouterr().err == "" and len(list(tmp_path.iterdir())) == 1

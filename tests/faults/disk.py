@@ -141,7 +141,7 @@ class Instead:
 @contextlib.contextmanager
 def failing(disk: Disk) -> Iterator[Disk]:
     """Do everything inside on that disk."""
-    save = ocp.StandardCheckpointer.save
+    save = ocp.AsyncCheckpointer.save
 
     def saved(self: Any, place: Any, tree: Any) -> None:
         def torn() -> None:
@@ -162,5 +162,5 @@ def failing(disk: Disk) -> Iterator[Disk]:
           mock.patch.object(pretrain, "shutil", trees),
           mock.patch.object(pathlib.Path, "unlink", disk.alive(unlink)),
           mock.patch.object(pathlib.Path, "mkdir", disk.alive(mkdir)),
-          mock.patch.object(ocp.StandardCheckpointer, "save", saved)):
+          mock.patch.object(ocp.AsyncCheckpointer, "save", saved)):
         yield disk

@@ -31,9 +31,11 @@ def save(folder: Path, state: State, **facts: Any) -> Path:
     step = int(np.max(state.step))  # of a population: its furthest member's
     place = at(folder, step)
     rest = {"opt": state.opt, "hyper": state.hyper, "step": state.step}
+    # compressing noise would cost training more than writing it
+    plain = ocp.PyTreeCheckpointHandler(use_compression=False)
     try:
         with (files.staged(place, step=step, **facts) as draft, _hushed(),
-              ocp.StandardCheckpointer() as writer):
+              ocp.AsyncCheckpointer(plain) as writer):
             if sum(a.nbytes for a in jax.tree.leaves(state)) > shutil.disk_usage(draft).free:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(place))
             writer.save(draft / "params", state.params)
