@@ -110,6 +110,7 @@ def heard(batch, arrivals):
     for turn in range(max(turns) + 1 + 2 * T):
         batch.waiting += turns.get(turn, [])
         batch.turn()
+    batch.news.tell()
     assert not batch.live and batch.rows is None and all(t[-1] is None for t in told)
     return [np.concatenate([p.tokens for p in t[:-1]]).tolist() for t in told]
 
@@ -120,14 +121,29 @@ def test_requests_that_come_and_go_at_any_turn_draw_what_they_draw_alone(models,
     arrivals = [(int(rng.integers(12)), [BOS, *rng.integers(22, 90, rng.integers(0, T - 2))], 40)
                 for _ in range(24)]
     arrivals = [(turn, ids, min(count, T - len(ids))) for turn, ids, count in arrivals]
-    batch, moved = Batch(models["base"]), []
+    batch, moved = Batch(models["base"], engines.News()), []
     monkeypatch.setattr(engines, "_taken", lambda rows, order, *rest, taken=engines._taken: (
         moved.append(len(order)), taken(rows, order, *rest))[1])
     together = heard(batch, arrivals)
     assert len(set(moved)) > 2  # it grew and shrank
     for n in range(0, 24, 5):
         nobody = [(0, [BOS], 1)] * n  # so that the seed is the same
-        assert heard(Batch(models["base"]), [*nobody, (0, *arrivals[n][1:])])[n] == together[n]
+        alone = heard(Batch(models["base"], engines.News()), [*nobody, (0, *arrivals[n][1:])])
+        assert alone[n] == together[n]
+
+
+def test_tokens_are_told_once_the_device_is_at_work_again(models, monkeypatch):
+    done, advance = [], generate.advance
+    monkeypatch.setattr(generate, "advance", lambda *given, **dials: (
+        done.append("turn"), advance(*given, **dials))[1])
+    batch = Batch(models["base"], engines.News())
+    monkeypatch.setattr(engines, "EVERY", 2)
+    batch.waiting.append(Request("base", np.array(PROMPTS[0], np.int32), 3, 0.0, 1.0, 0,
+                                 lambda part: done.append("part" if part else "end"), False))
+    for _ in range(2):
+        batch.turn()
+    batch.news.tell()
+    assert done == ["turn", "turn", "part", "part", "end"]
 
 
 def test_the_likeliest_tokens_are_those_of_the_plain_sampler(engine, models):
@@ -427,6 +443,19 @@ def test_a_ranking_is_kept_as_what_a_reward_model_trains_on(address, rankings):
     kept = preferences.read_jsonl(rankings)[before:]
     assert [k.responses for k in kept] == [("best", "middle", "worst"), ("</script>\n\u2028", "b")]
     assert kept[0].messages == (("user", "say it"),)
+
+
+def test_a_ranking_does_not_join_a_line_without_an_end(tmp_path, models):
+    from tinylm.serve import page
+
+    body = {"text": "say it", "responses": ["a", "b"]}
+    (tmp_path / "by-hand.jsonl").write_text('{"prompt": "x", "responses": ["c", "d"]}')
+    for _ in range(2):
+        page.rank(tmp_path / "by-hand.jsonl", models["chat"], body)
+    kept = preferences.read_jsonl(tmp_path / "by-hand.jsonl")
+    assert [k.responses for k in kept] == [("c", "d"), ("a", "b"), ("a", "b")]
+    with pytest.raises(BadInput, match="not kept.*directory"):
+        page.rank(tmp_path, models["chat"], body)
 
 
 def test_a_run_of_no_study_has_no_law_to_show(address):

@@ -12,6 +12,7 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
@@ -240,16 +241,18 @@ def problems(folder: Path) -> list[str]:
     found = {str(p.relative_to(folder)): p for p in _below(folder)}
     out = [f"{folder / name} is missing" for name in listed if name not in found]
     out += [f"{folder / name} is not in the manifest" for name in found if name not in listed]
-    for name, (size, want) in listed.items():
-        path = found.get(name)
-        if path is None:
-            continue
+    hashed = {}
+    for path, (size, want) in ((found[k], v) for k, v in listed.items() if k in found):
         if path.is_symlink():
             out.append(f"{path} is a symbolic link")
         elif path.stat().st_size != size:
             out.append(f"{path} has {path.stat().st_size} bytes, its manifest says {size}")
-        elif sha256(path) != want:
-            out.append(f"{path} has other bytes than its manifest's sha256")
+        else:
+            hashed[path] = want
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing lets other threads run
+        shas = pool.map(sha256, hashed)
+        out += [f"{path} has other bytes than its manifest's sha256"
+                for (path, want), sha in zip(hashed.items(), shas, strict=True) if sha != want]
     return out
 
 

@@ -95,6 +95,7 @@ class Engine:
     def __init__(self, models: dict[str, Model]):
         self.models = models
         self._asked: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
+        self._news = News()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __enter__(self) -> "Engine":
@@ -125,22 +126,46 @@ class Engine:
     def _run(self) -> None:
         batches: dict[str, Batch] = {}
         while True:
+            if not batches:
+                self._news.tell()
             while not self._asked.empty() or not batches:
                 if (request := self._asked.get()) is None:
+                    self._news.tell()
                     return
                 name = request.model
-                batches.setdefault(name, Batch(self.models[name])).waiting.append(request)
+                batch = batches.setdefault(name, Batch(self.models[name], self._news))
+                batch.waiting.append(request)
             for name, batch in list(batches.items()):
                 batch.turn()
                 if not (batch.waiting or batch.live):
                     del batches[name]
 
 
+class News:
+    """What requests are to be told, kept until the device is at work on the next turn.
+
+    Telling wakes other threads, and none may keep the device waiting.
+    """
+
+    def __init__(self):
+        self._untold: list[tuple[Request, Part | None | Exception]] = []
+
+    def add(self, request: Request, what: Part | None | Exception) -> None:
+        """Keep what a request is to be told, in its order."""
+        self._untold.append((request, what))
+
+    def tell(self) -> None:
+        """Tell everything that is kept."""
+        untold, self._untold = self._untold, []
+        for request, what in untold:
+            request.told(what)
+
+
 class Batch:
     """The requests of one model: those that wait, and those that are decoded together."""
 
-    def __init__(self, model: Model):
-        self.model = model
+    def __init__(self, model: Model, news: News):
+        self.model, self.news = model, news
         self.waiting: list[Request] = []
         self.seats: list[Request | None] = []
         """who has which row"""
@@ -167,7 +192,8 @@ class Batch:
         except Exception as fault:
             logging.getLogger(__name__).exception("%s failed", self.model.name)
             for request in requests:
-                request.told(fault)
+                self.news.add(request, fault)
+            self.news.tell()
             self._seat(None if r in requests else r for r in self.seats)
 
     def _seat(self, seats: Iterable[Request | None]) -> None:
@@ -203,12 +229,13 @@ class Batch:
         self.seats = [self.seats[n] for n in kept] + [None] * (size - len(kept))
 
     def _decode(self) -> None:
-        """Decode a turn, tell its tokens, free the rows of those that are answered."""
+        """Decode a turn, keep its tokens to be told, free the rows of those that are answered."""
         if int(self.rows.state.slot) + EVERY > _slots(self.model.config):
             self.rows = _moved(self.rows, max(r.length for r in self.live))
         k = LIKELIEST if any(r.likeliest for r in self.live) else 0
         state, said = generate.advance(self.model.config, self.model.params, self.rows.state,
                                        EVERY, *self.rows[1:], k=k)
+        self.news.tell()
         arrays, stopped = [np.asarray(a) for a in said], np.array(state.stopped)
         for row, request in enumerate(self.seats):
             if request is None:
@@ -216,10 +243,10 @@ class Batch:
             ends = np.flatnonzero(arrays[0][row] < generate.CONTROL)
             size = min(EVERY, request.count - request.made, *(ends[:1] + 1))
             request.made += size
-            request.told(Part(*(a[row, :size] for a in arrays)))
+            self.news.add(request, Part(*(a[row, :size] for a in arrays)))
             if stopped[row] or request.made >= request.count or request.cancelled:
                 stopped[row], self.seats[row] = True, None
-                request.told(None)
+                self.news.add(request, None)
         self.rows = self.rows._replace(state=state._replace(stopped=jnp.asarray(stopped)))
         self._seat(self.seats)
         size = _size(self.live) if self.live else 0

@@ -163,7 +163,12 @@ def rank(rankings: Path | None, model: Model, body: dict[str, Any]) -> dict[str,
         raise Refused("text", "text is the prompt that was answered")
     row = {"prompt": body["text"], "responses": said}
     with LOCK:
-        files.append_lines(rankings, [json.dumps(row)])
+        try:
+            before = rankings.read_bytes()[-1:] if rankings.exists() else b""
+            ended = before in (b"", b"\n")  # else a line was torn, or typed by hand
+            files.append_lines(rankings, ["", json.dumps(row)][ended:])
+        except OSError as fault:
+            raise Refused("", f"the ranking was not kept: {fault}", "server_error", 500) from None
     return {"kept": str(rankings)}
 
 

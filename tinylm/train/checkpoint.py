@@ -57,13 +57,17 @@ class Saver:
 
     def __init__(self, folder: Path, owner: str = "", kept: tuple[int, ...] = ()):
         self.folder, self.owner, self.kept = folder, owner, kept
-        self._thread, self._writing = ThreadPoolExecutor(1), None
+        self._thread, self._writing = ThreadPoolExecutor(1, initializer=_yielding), None
+        self._copy: State | None = None
 
     def save(self, state: State, **facts: Any) -> None:
         """Begin to write a state, whose buffers may be donated after that; keep the last two."""
         self.wait()
-        copy = jax.tree.map(np.array, state)
-        self._writing = self._thread.submit(self._write, copy, facts)
+        if self._copy is None:
+            self._copy = jax.tree.map(np.array, state)
+        else:  # into its memory again: the first touch of new pages costs more than copying
+            jax.tree.map(np.copyto, self._copy, state)
+        self._writing = self._thread.submit(self._write, self._copy, facts)
 
     def check(self) -> None:
         """Raise what a write came to that has ended."""
@@ -91,6 +95,12 @@ class Saver:
                 raise
         finally:
             self._thread.shutdown()
+
+
+def _yielding() -> None:
+    """Let this thread run where training leaves a core idle, yet not starve beside other jobs."""
+    if sys.platform == "linux":  # elsewhere it would be the whole process
+        os.nice(15)
 
 
 @contextlib.contextmanager
