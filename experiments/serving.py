@@ -5,8 +5,8 @@ question   32 clients ask for streams over and over for a minute, on the cores t
 command    python experiments/serving.py RUN --results experiments/results
 cost       about 2 minutes on two cores
 expected   60% of the loop's tokens a second or more, no error
-result     52% (10,100 tokens a second), no error of 5,482 requests, 95% have the first token within
-           .11 s (results/serving.json)
+result     56% (7,617 tokens a second), no error of 4,837 requests, 95% have the first token within
+           .13 s (results/serving.json)
 """
 
 import asyncio
