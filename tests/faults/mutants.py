@@ -36,7 +36,7 @@ MUTANTS = (  # file, its line or part of one, what that becomes
     ("files.py", "path.stat().st_size < size:", "False:"),
     ("files.py", "        if sha and sha256_of(f.read(size)) != sha:", "        if False:"),
     ("files.py", "        seal(draft, **facts)\n", "        seal(draft)\n"),
-    ("files.py", "elif sha256(path) != want:", "elif False:"),
+    ("files.py", "strict=True) if sha != want]", "strict=True) if False]"),
     ("files.py", "elif path.stat().st_size != size:", "elif False:"),
     ("files.py", "        if path.is_symlink():\n            out.append", "        if False:\n"
      "            out.append"),
@@ -62,8 +62,8 @@ MUTANTS = (  # file, its line or part of one, what that becomes
     ("train/checkpoint.py", "    if owner and facts.get(\"run\", owner) != owner:",
      "    if False:"),
     ("leases.py", "if DRAFT.fullmatch(path.name):", "if path.suffix in (\".tmp\", \".old\"):"),
-    ("train/checkpoint.py", "copy = jax.tree.map(np.array, state)",
-     "copy = jax.tree.map(np.asarray, state)"),
+    ("train/checkpoint.py", "self._copy = jax.tree.map(np.array, state)",
+     "self._copy = jax.tree.map(np.asarray, state)"),
     ("train/loop.py", "            saver.check()\n", ""),
     ("train/loop.py", "            saver.wait()\n            checkpoint.keep_last(saves, 1, kept)",
      "            checkpoint.keep_last(saves, 1, kept)"),
@@ -99,7 +99,7 @@ def tried(name: str, old: str, new: str) -> str:
     """Run the suite on a mutant; name the first test that fails, or nothing."""
     with tempfile.TemporaryDirectory() as place:
         copy = Path(place) / "tree"
-        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "results", "__pycache__"))
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "__pycache__"))
         source = copy / "tinylm" / name
         text = source.read_text()
         assert text.count(old) == 1, f"{name} has {text.count(old)} times {old!r}"
