@@ -97,6 +97,24 @@ def test_any_changed_bit_of_a_json_file_is_seen(tmp_path):
         files.read_json(path)
 
 
+@pytest.mark.parametrize("cores", [1, 2, 16])
+def test_every_file_is_hashed_however_many_threads_share_the_large_ones(
+        tmp_path, monkeypatch, cores):
+    monkeypatch.setattr(files.os, "cpu_count", lambda: cores)
+    names = ["a/large", "a/larger", "largest", "small"]
+    with files.staged(tmp_path / "sealed") as folder:
+        (folder / "a").mkdir()
+        for n, name in enumerate(names):
+            (folder / name).write_bytes(bytes([n]) * (1 << 20 - 8 * (n == 3)) * (n + 1))
+    folder = tmp_path / "sealed"
+    assert files.problems(folder) == []
+    for name in names:
+        with open(folder / name, "r+b") as f:
+            f.write(b"x")
+    assert files.problems(folder) == [
+        f"{folder / name} has other bytes than its manifest's sha256" for name in names]
+
+
 def test_a_log_whose_kept_rows_were_edited_is_damaged(tmp_path):
     log = tmp_path / "metrics.jsonl"
     size = files.append_lines(log, ["abc"])

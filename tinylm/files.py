@@ -248,11 +248,11 @@ def problems(folder: Path) -> list[str]:
         elif path.stat().st_size != size:
             out.append(f"{path} has {path.stat().st_size} bytes, its manifest says {size}")
         else:
-            hashed[path] = want
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing lets other threads run
-        shas = pool.map(sha256, hashed)
-        out += [f"{path} has other bytes than its manifest's sha256"
-                for (path, want), sha in zip(hashed.items(), shas, strict=True) if sha != want]
+            hashed[path] = size, want
+    shas = _hashes([p for p, _ in sorted(hashed.items(), key=lambda item: -item[1][0])],
+                   sum(size >= 1 << 20 for size, _ in hashed.values()))
+    out += [f"{path} has other bytes than its manifest's sha256"
+            for path, (_, want) in hashed.items() if shas[path] != want]
     return out
 
 
@@ -304,8 +304,31 @@ def named(folder: Path, *names: str) -> list[Path]:
 
 
 def _below(folder: Path) -> list[Path]:
-    paths = sorted(p for p in Path(folder).rglob("*") if p.is_symlink() or p.is_file())
-    return [p for p in paths if p != Path(folder) / MANIFEST]
+    def walk(place: Path | str) -> Iterator[str]:
+        with os.scandir(place) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    yield from walk(entry.path)
+                elif entry.is_symlink() or entry.is_file():
+                    yield entry.path
+
+    return sorted(p for p in map(Path, walk(folder)) if p != Path(folder) / MANIFEST)
+
+
+def _hashes(paths: list[Path], threads: int) -> dict[Path, str]:
+    """Hash files, the first ones first, on as many threads as there are cores, the caller's one."""
+    left, found = iter(paths), {}
+
+    def work() -> None:
+        for path in left:
+            found[path] = sha256(path)
+
+    with ThreadPoolExecutor() as pool:
+        others = [pool.submit(work) for _ in range(min(threads, os.cpu_count() or 1) - 1)]
+        work()
+    for other in others:
+        other.result()
+    return found
 
 
 def _sync_folder(folder: Path) -> None:
