@@ -65,7 +65,8 @@ def forward(config, params, x, plan=machine.PLAIN, segments=None):
 def extend(config, params, *rest):
     """One cached step, compiled."""
     model = rebuild(config, params)
-    return model.extend(model.blocks(), *rest)
+    x, cache = model.extend(model.blocks(), *rest)
+    return model.head(x), cache
 
 
 def tokens(config: ModelConfig, B: int = 2, seed: int = 3):

@@ -46,9 +46,9 @@ def test_the_loss_s_log_probabilities_are_those_of_the_cached_decoder(params, ro
         model, seen = rebuild(MODEL, params), []
         for token in said:
             seen.append(float(jax.nn.log_softmax(state.logits)[0, token]))
-            logits, cache = model.extend(model.blocks(), jnp.full((1, 1), token), state.cache,
-                                         state.slot, state.begin)
-            state = state._replace(cache=cache, logits=logits[:, 0], slot=state.slot + 1)
+            x, cache = model.extend(model.blocks(), jnp.full((1, 1), token), state.cache,
+                                    state.slot, state.begin)
+            state = state._replace(cache=cache, logits=model.head(x)[:, 0], slot=state.slot + 1)
         np.testing.assert_allclose(found.logp[row][own], seen, atol=2e-5)
 
 

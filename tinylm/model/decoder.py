@@ -169,22 +169,24 @@ class Decoder(nnx.Module):
     def extend(
         self, blocks: Sequence[Block], tokens: Int[Array, "B T"], cache: Sequence[KeyValue],
         start: Array | int, begin: Int[Array, "B"],
-    ) -> tuple[Float[Array, "B T V"], tuple[KeyValue, ...]]:
-        """Read tokens at slots start..start+T-1 of the layers' caches, seeing slots from `begin`.
+    ) -> tuple[Float[Array, "B T D"], tuple[KeyValue, ...]]:
+        """Read tokens into slots start..start+T-1 of the layers' caches, seeing slots from `begin`.
 
         `begin` (rows padded on the left start later) also is where a row's positions count from.
+        The S slots are a ring: slot n lies at n % S, over the one S tokens before it. Tokens read
+        together must not go over its end. What comes back is for `head`.
         """
         T, S = tokens.shape[1], cache[0].k.shape[2]
         slots = start + jnp.arange(T)
-        visible = (slots[:, None] >= jnp.arange(S)[None, :])[None]
-        visible = visible & (jnp.arange(S)[None, None, :] >= begin[:, None, None])
-        positions = jnp.maximum(slots[None, :] - begin[:, None], 0)
-        turn, x = self._begin(tokens, positions)
+        positions = slots[None, :] - begin[:, None]
+        ago = (slots[:, None] - jnp.arange(S)[None, :]) % S
+        visible = ago[None] <= positions[:, :, None]
+        turn, x = self._begin(tokens, jnp.maximum(positions, 0))
         fresh = []
         for block, old in zip(blocks, cache, strict=True):
-            x, new = block(x, turn, visible, slots[None] > begin[:, None], old, start)
+            x, new = block(x, turn, visible, positions > 0, old, start % S)
             fresh.append(new)
-        return self.head(x), tuple(fresh)
+        return x, tuple(fresh)
 
     def head(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Turn the residual stream into logits."""

@@ -1,8 +1,8 @@
 """Sampling with a key/value cache: one prefill, then one compiled loop that stops when all have.
 
-Prompts are padded on the left, so all rows write the same cache slot; the cache has slots beyond T
-for the padding, so that each row has its whole context. The key of a token depends on the seed and
-its slot only: decoding in chunks (to stream) gives the same tokens as at once.
+Prompts are padded on the left, so all rows write the same cache slot; the slots are a ring, so that
+a row has its whole context wherever it begins. The key of a token depends on the seed and its slot
+only: decoding in chunks (to stream) gives the same tokens as at once.
 """
 
 import functools
@@ -40,8 +40,8 @@ def prefill(config: ModelConfig, params: Params, prompts: Sequence[np.ndarray],
             width: int = 0, slots: int = 0, place: Callable = jnp.asarray) -> Decoding:
     """Read the prompts (ids, at least one each) into a cache with room for T tokens in each row.
 
-    With `width` and `slots` all prompts, padded to that width, and that many slots, share one
-    program; `place` puts the rows on their devices.
+    All prompts padded to one `width`, with room for `slots` tokens, share one program; `place`
+    puts the rows on their devices.
     """
     if config.kind != "transformer":
         raise BadInput(f"a {config.kind} model keeps no cache; sample from a transformer")
@@ -49,13 +49,12 @@ def prefill(config: ModelConfig, params: Params, prompts: Sequence[np.ndarray],
     if shortest < 1 or longest >= config.T:
         raise BadInput(f"prompts of 1 to {config.T - 1} tokens fit the context T={config.T}, one "
                        f"has {longest}; shorten it")
-    width = width or -(-longest // BUCKET) * BUCKET
-    slots = slots or config.T + max(1, -(-(width - shortest) // BUCKET)) * BUCKET
+    width = width or min(-(-longest // BUCKET) * BUCKET, config.T)
     rows = np.zeros((len(prompts), width), np.int32)
     for row, prompt in zip(rows, prompts, strict=True):
         row[width - len(prompt):] = prompt
     begin = np.array([width - len(p) for p in prompts], np.int32)
-    return _prefill(config, params, place(rows), place(begin), slots)
+    return _prefill(config, params, place(rows), place(begin), slots or config.T)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
@@ -64,8 +63,9 @@ def _prefill(config: ModelConfig, params: Params, rows: Array, begin: Array,
     B = rows.shape[0]
     cache = [empty(B, config.groups, slots, config.head_width) for _ in range(config.L)]
     model = rebuild(config, params)
-    logits, cache = model.extend(model.blocks(), rows, cache, jnp.int32(0), begin)
-    return Decoding(cache, logits[:, -1], jnp.int32(rows.shape[1]), begin, jnp.zeros(B, bool))
+    x, cache = model.extend(model.blocks(), rows, cache, jnp.int32(0), begin)
+    return Decoding(cache, model.head(x[:, -1:])[:, 0], jnp.int32(rows.shape[1]), begin,
+                    jnp.zeros(B, bool))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3, 6), static_argnames="ends")
@@ -92,10 +92,9 @@ def decode(
             lambda logits: draw(logits / temperature, jax.random.fold_in(key, state.slot)),
             lambda logits: jnp.argmax(logits, axis=-1).astype(jnp.int32), state.logits)
         token = jnp.where(state.stopped, 0, token)
-        logits, cache = model.extend(blocks, token[:, None], state.cache, state.slot,
-                                     state.begin)
+        x, cache = model.extend(blocks, token[:, None], state.cache, state.slot, state.begin)
         stopped = state.stopped | (token < ends) | (state.slot + 1 - state.begin >= config.T)
-        fresh = Decoding(cache, logits[:, 0], state.slot + 1, state.begin, stopped)
+        fresh = Decoding(cache, model.head(x)[:, 0], state.slot + 1, state.begin, stopped)
         return fresh, out.at[:, n].set(token), n + 1
 
     state, out, _ = jax.lax.while_loop(going, one, (state, out, jnp.int32(0)))
@@ -154,9 +153,9 @@ def advance(
         best_logp, best = jax.lax.top_k(logits, k)
         said = (token, (jnp.take_along_axis(logits, token[:, None], axis=1) - total)[:, 0], best,
                 best_logp - total)
-        logits, cache = model.extend(blocks, token[:, None], state.cache, state.slot, state.begin)
+        x, cache = model.extend(blocks, token[:, None], state.cache, state.slot, state.begin)
         stopped = state.stopped | (token < CONTROL) | (state.slot + 1 - state.begin >= config.T)
-        fresh = Decoding(cache, logits[:, 0], state.slot + 1, state.begin, stopped)
+        fresh = Decoding(cache, model.head(x)[:, 0], state.slot + 1, state.begin, stopped)
         return fresh, Said(*(a.at[:, n].set(b) for a, b in zip(out, said, strict=True))), n + 1
 
     state, out, _ = jax.lax.while_loop(

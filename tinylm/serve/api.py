@@ -16,9 +16,9 @@ from starlette.routing import Route
 
 from tinylm.config import BadInput
 from tinylm.serve import asked
-from tinylm.serve.answers import Answer
+from tinylm.serve.answers import Answer, Delta
 from tinylm.serve.asked import Dials, Refused
-from tinylm.serve.engine import Engine, Model, Request
+from tinylm.serve.engine import Engine, Model, Part, Request
 from tinylm.text.chat import read, render
 from tinylm.text.tokenizer import BOS
 
@@ -129,6 +129,7 @@ class Asking:
         reader = (functools.partial(read, tokenizer=model.tokenizer) if chat and model.tuned
                   else model.tokenizer.decode)
         self.answers, self.requests, self.logprobs = [], [], []
+        self.left = len(prompts) * want.n
         for number in range(len(prompts) * want.n):
             def told(part: Any, number: int = number) -> None:
                 loop.call_soon_threadsafe(self.news.put_nowait, (number, part))
@@ -145,29 +146,34 @@ class Asking:
             raise Refused("messages" if chat else "prompt", str(refused),
                           "context_length_exceeded") from None
 
-    async def deltas(self) -> AsyncIterator[tuple[int, str, list[dict[str, Any]], bool]]:
-        """Yield (answer, text, its log-probabilities, whether it ended) until all have ended.
+    async def deltas(self) -> AsyncIterator[list[tuple[int, Delta, bool]]]:
+        """Yield what has come, (answer, what was added, whether it ended), until all have ended.
 
         Leaving early cancels the rest.
         """
-        left = len(self.requests)
         try:
-            while left:
-                number, part = await self.news.get()
-                answer, request = self.answers[number], self.requests[number]
-                if isinstance(part, Exception):
-                    raise part
-                if part is None:
-                    left -= 1
-                    yield number, answer.finish(), [], True
-                elif answer.reason is None:
-                    new = answer.add(part)
-                    self.logprobs[number] += new.logprobs
-                    request.cancelled = answer.reason is not None
-                    yield number, new.text, new.logprobs, False
+            while self.left:
+                come = [await self.news.get()]
+                while not self.news.empty():
+                    come.append(self.news.get_nowait())
+                yield [(number, self._added(number, part), part is None) for number, part in come]
         finally:
             for request in self.requests:
                 request.cancelled = True
+
+    def _added(self, number: int, part: Part | None | Exception) -> Delta:
+        answer, request = self.answers[number], self.requests[number]
+        if isinstance(part, Exception):
+            raise part
+        if part is None:
+            self.left -= 1
+            return Delta(answer.finish(), [])
+        if answer.reason is not None:
+            return Delta("", [])
+        new = answer.add(part)
+        self.logprobs[number] += new.logprobs
+        request.cancelled = answer.reason is not None
+        return new
 
     async def whole(self, http: Http) -> dict[str, Any]:
         """Wait for all answers and give them in one."""
@@ -193,19 +199,18 @@ class Asking:
                 yield _event({**head, "choices": [{"index": number, "finish_reason": None,
                                                    "delta": first}]})
         try:
-            async for number, text, logprobs, ended in self.deltas():
-                if text or logprobs:
-                    yield _event({**head, "choices": [self._chunk(number, text, logprobs, None)]})
-                if ended:
-                    reason = self.answers[number].reason
-                    yield _event({**head, "choices": [self._chunk(number, "", [], reason)]})
+            async for come in self.deltas():
+                rows = [self._chunk(*row) for number, (text, logprobs), ended in come for row in (
+                    [(number, text, logprobs, None)] * bool(text or logprobs)
+                    + [(number, "", [], self.answers[number].reason)] * ended)]
+                told = [_event({**head, "choices": [row]}) for row in rows]
+                if not self.left and self.want.usage:
+                    told.append(_event({**head, "choices": [], "usage": self._usage()}))
+                if said := "".join(told) + "data: [DONE]\n\n" * (not self.left):
+                    yield said
         except Exception as fault:
             yield _event({"error": {"message": f"the model failed: {fault}",
                                     "type": "server_error", "param": None, "code": None}})
-            return
-        if self.want.usage:
-            yield _event({**head, "choices": [], "usage": self._usage()})
-        yield "data: [DONE]\n\n"
 
     def _chunk(self, number, text, logprobs, reason) -> dict[str, Any]:
         told = {"index": number, "finish_reason": reason,

@@ -1,9 +1,9 @@
 """Many requests on few models: one thread owns the device and keeps a running batch a model.
 
 A request joins the batch at the next turn and leaves it when answered; a turn is a few tokens for
-all. The rows write the same slot of their caches, so the caches are moved along: a row that joins
-is moved to where the others are. What a request draws depends on its own seed and text. Each hears
-of its tokens through a callback that must not block.
+all. The rows write the same slot of their caches, which are rings: the cache of a row that joins is
+turned to where the others are. What a request draws depends on its own seed and text. Each hears of
+its tokens through a callback that must not block.
 """
 
 import functools
@@ -28,7 +28,7 @@ from tinylm.text.tokenizer import Tokenizer
 
 EVERY = 16
 """tokens of a turn"""
-SIZES = (1, 4, 16, 32, 64)
+SIZES = (1, 4, 8, 32, 64)
 """rows of a batch, and of those that join it, rounded up to one of these: few programs"""
 LIKELIEST = 5
 """tokens told beside each drawn one, where a request asks for any"""
@@ -206,16 +206,13 @@ class Batch:
         c, longest, size = self.model.config, max(len(r.ids) for r in requests), _size(requests)
         filled = requests + requests[-1:] * (size - len(requests))
         width = -(-longest // generate.BUCKET) * generate.BUCKET if longest <= c.T // 4 else c.T
-        state = generate.prefill(c, self.model.params, [r.ids for r in filled], width, _slots(c))
+        state = generate.prefill(c, self.model.params, [r.ids for r in filled], width)
         if self.rows is None:
-            self.rows, self.seats = _blank(state, size, longest), [None] * size
+            self.rows, self.seats = _blank(state, size), [None] * size
         if self.seats.count(None) < len(requests):
             self._resize(_size([*self.live, *requests]))
-        if int(self.rows.state.slot) < longest:
-            self.rows = _moved(self.rows, max(r.length for r in (*self.live, *requests)))
         free = [n for n, r in enumerate(self.seats) if r is None][:len(requests)]
-        places = np.full(size, len(self.seats), np.int32)  # the padding has no place
-        places[:len(free)] = free
+        places = np.array(free + free[-1:] * (size - len(free)), np.int32)
         self.rows = _seated(self.rows, state, places, *(
             np.array([getattr(r, name) for r in filled], dtype) for name, dtype in (
                 ("seed", np.uint32), ("temperature", np.float32), ("top_p", np.float32))))
@@ -230,8 +227,6 @@ class Batch:
 
     def _decode(self) -> None:
         """Decode a turn, keep its tokens to be told, free the rows of those that are answered."""
-        if int(self.rows.state.slot) + EVERY > _slots(self.model.config):
-            self.rows = _moved(self.rows, max(r.length for r in self.live))
         k = LIKELIEST if any(r.likeliest for r in self.live) else 0
         state, said = generate.advance(self.model.config, self.model.params, self.rows.state,
                                        EVERY, *self.rows[1:], k=k)
@@ -258,33 +253,15 @@ def _size(requests: Sequence[Request]) -> int:
     return next(size for size in SIZES if size >= len(requests))
 
 
-def _slots(config: ModelConfig) -> int:
-    """Give the slots of a cache: a whole context, and room to go on before it must be moved."""
-    return config.T + max(2 * EVERY, config.T // 4)
-
-
 @functools.partial(jax.jit, static_argnums=1)
-def _blank(like: generate.Decoding, size: int, slot: int) -> Rows:
-    """Give rows without requests, their next slot `slot`."""
+def _blank(like: generate.Decoding, size: int) -> Rows:
+    """Give rows without requests."""
     cache = jax.tree.map(lambda a: jnp.zeros((size, *a.shape[1:])), like.cache)
     begin, stopped = jnp.zeros(size, jnp.int32), jnp.ones(size, bool)
     logits = jnp.zeros((size, like.logits.shape[1]))
-    return Rows(generate.Decoding(cache, logits, jnp.int32(slot), begin, stopped),
+    return Rows(generate.Decoding(cache, logits, like.slot, begin, stopped),
                 jax.vmap(jax.random.key)(jnp.zeros(size, jnp.uint32)), jnp.ones(size),
                 jnp.ones(size))
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _moved(rows: Rows, slot: int) -> Rows:
-    """Move the caches along so that `slot` is the next to be written."""
-    return rows._replace(state=_along(rows.state, slot))
-
-
-def _along(state: generate.Decoding, slot: Int[Array, ""]) -> generate.Decoding:
-    by = slot - state.slot
-    cache = tuple(KeyValue(jnp.roll(c.k, by, 2), jnp.roll(c.v, by, 2), c.last)
-                  for c in state.cache)
-    return state._replace(cache=cache, slot=jnp.int32(slot), begin=state.begin + by)
 
 
 @jax.jit
@@ -297,8 +274,15 @@ def _taken(rows: Rows, order: Int[Array, "B"], stopped: Bool[Array, "B"]) -> Row
 @functools.partial(jax.jit, donate_argnums=0)
 def _seated(rows: Rows, fresh: generate.Decoding, places: Int[Array, "b"], seeds: Int[Array, "b"],
             temperature: Float[Array, "b"], top_p: Float[Array, "b"]) -> Rows:
-    """Write fresh rows over those at these places; a place beyond the last is none."""
-    moved = Rows(_along(fresh, rows.state.slot), jax.vmap(jax.random.key)(seeds), temperature,
-                 top_p)
-    return jax.tree.map(lambda a, b: a.at[places].set(b, mode="drop") if a.ndim else a, rows,
-                        moved)
+    """Write fresh rows over those at these places, their caches turned to the others' slot."""
+    by = rows.state.slot - fresh.slot
+    cache = tuple(KeyValue(jnp.roll(c.k, by, 2), jnp.roll(c.v, by, 2), c.last)
+                  for c in fresh.cache)
+    turned = Rows(fresh._replace(cache=cache, begin=fresh.begin + by),
+                  jax.vmap(jax.random.key)(seeds), temperature, top_p)
+
+    def seat(n: Int[Array, ""], rows: Rows) -> Rows:
+        return jax.tree.map(lambda old, new: jax.lax.dynamic_update_index_in_dim(
+            old, new[n], places[n], 0) if old.ndim else old, rows, turned)
+
+    return jax.lax.fori_loop(0, len(places), seat, rows)

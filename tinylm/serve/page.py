@@ -5,7 +5,7 @@ import contextlib
 import functools
 import json
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from tinylm.text.tokenizer import BOS
 from tinylm.train import checkpoint, run
 
 STATIC = Path(__file__).parent / "static"
-LOCK = threading.Lock()
+LOCK, COUNTING = threading.Lock(), threading.Lock()
 LONGEST = 20_000
 """characters that a tab takes"""
 
@@ -85,8 +85,13 @@ def following(model: Model, body: dict[str, Any]) -> dict[str, Any]:
         for name, likeliest in found.items()]}
 
 
-@functools.cache
 def _bigram(tokens: Path) -> NGram:
+    with COUNTING:  # a text that is being typed asks again before the first count has ended
+        return _counted(tokens)
+
+
+@functools.cache
+def _counted(tokens: Path) -> NGram:
     data = shards.open_dataset(tokens)
     return NGram.fit(data.train, 2, data.V)
 
@@ -100,13 +105,6 @@ def _position_weights(folder: Path, tokenizer: str) -> tuple[ModelConfig, Params
             config = from_json(ModelConfig, record["config"]["model"], "model")
             return config, checkpoint.final_params(place.parent, config)
     return None
-
-
-def ready(models: Iterable[Model]) -> None:
-    """Count and open beforehand what the first look at the next word would wait for."""
-    for model in models:
-        with contextlib.suppress(BadInput):
-            following(model, {"text": "the"})
 
 
 def attention(model: Model, body: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import re
 import socket
-import threading
 from pathlib import Path
 
 from tyro.conf import Positional
@@ -30,7 +29,6 @@ def serve(runs: Positional[tuple[Path, ...]], host: str = "127.0.0.1", port: int
     try:
         import uvicorn
 
-        from tinylm.serve import page
         from tinylm.serve.app import application
         from tinylm.serve.engine import Engine
     except ImportError as missing:
@@ -39,7 +37,6 @@ def serve(runs: Positional[tuple[Path, ...]], host: str = "127.0.0.1", port: int
     with _listening(host, port) as bound, Engine(served) as engine:
         app = application(engine, {host, *names}, rankings)
         engine.warm()
-        threading.Thread(target=page.ready, args=(served.values(),), daemon=True).start()
         at = bound.getsockname()[1]
         print(f"http://{'[' + host + ']' if ':' in host else host}:{at}/ and /v1: "
               + ", ".join(served), flush=True)

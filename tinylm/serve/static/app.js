@@ -306,4 +306,5 @@ fetch("v1/models").then((answer) => answer.json()).then((found) => {
   $("model").replaceChildren(...models.map((m) => new Option(`${m.id} (${m.kind})`, m.id)));
   $("beside").replaceChildren(new Option("nobody", ""), ...models.map((m) => new Option(m.id, m.id)));
   choose(TABS.includes(location.hash.slice(1)) ? location.hash.slice(1) : "tokens");
+  post("look/next", {model: $("model").value, text: "the"}).catch(() => {});  // counts beforehand
 }).catch(fault);
