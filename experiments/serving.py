@@ -103,33 +103,34 @@ def served(run: Path):
 
 
 async def clients(args: Args, port: int, seconds: float) -> list[Heard]:
-    """Let every client ask until the time is over."""
+    """Let every client ask over one connection, as client libraries do, until the time is over."""
     until, heard = time.monotonic() + seconds, []
 
     async def client(number: int) -> None:
-        asked = 0
+        asked, wire = 0, await asyncio.open_connection("127.0.0.1", port)
         while time.monotonic() < until:
-            heard.append(await request(args, port, number + asked * args.clients))
+            heard.append(await request(args, wire, number + asked * args.clients))
             asked += 1
+        wire[1].close()
 
     await asyncio.gather(*(client(n) for n in range(args.clients)))
     return heard
 
 
-async def request(args: Args, port: int, seed: int) -> Heard:
+async def request(args: Args, wire: tuple[asyncio.StreamReader, asyncio.StreamWriter],
+                  seed: int) -> Heard:
     """Ask once by a bare socket: a client library would take a core for itself."""
     body = json.dumps({
         "model": args.run.name, "prompt": args.prompt, "max_tokens": args.tokens, "seed": seed,
         "temperature": 1.0, "stream": True, "stream_options": {"include_usage": True}}).encode()
     began, first, data = time.monotonic(), 0.0, b""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+    reader, writer = wire
+    writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
                  b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
-    while part := await reader.read(65536):
+    while not data.endswith(b"\r\n0\r\n\r\n") and (part := await reader.read(65536)):
         data += part
         if not first and b'"text"' in data:
             first = time.monotonic() - began
-    writer.close()
     usage = data.rpartition(b'"completion_tokens":')[2].partition(b",")[0].strip()
     return Heard(first, int(usage) if usage.isdigit() else 0, int(data[9:12] or 0))
 

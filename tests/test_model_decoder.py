@@ -102,17 +102,20 @@ def test_scanned_layers_equal_unrolled_ones(groups, tied):
     np.testing.assert_allclose(one, other, atol=2e-6)
 
 
-@pytest.mark.parametrize("groups", [1, 2])
-def test_cached_decode_equals_the_full_forward_pass(groups):
+@pytest.mark.parametrize(("groups", "start", "widths"), [
+    (1, 0, (9, 1, 1, 5, 8)), (2, 0, (9, 1, 1, 5, 8)), (1, 13, (1,) * 24), (2, 100, (1,) * 24)])
+def test_cached_decode_equals_the_full_forward_pass_wherever_the_ring_begins(
+        groups, start, widths):
     config = ModelConfig(V=50, D=16, L=2, H=2, G=groups, T=24)
     params, x = drawn(config), tokens(config)
     cache = (empty(2, groups, config.T, config.head_width),) * 2
-    begin = jnp.zeros(2, jnp.int32)
-    parts, start = [], 0
-    for width in (9, 1, 1, 5, 8):
-        logits, cache = extend(config, params, x[:, start : start + width], cache, start, begin)
+    begin = jnp.full(2, start)
+    parts, read = [], 0
+    for width in widths:
+        logits, cache = extend(config, params, x[:, read : read + width], cache, start + read,
+                               begin)
         parts.append(logits)
-        start += width
+        read += width
     np.testing.assert_allclose(jnp.concatenate(parts, 1), forward(config, params, x), atol=5e-6)
 
 

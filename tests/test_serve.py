@@ -106,12 +106,11 @@ def heard(batch, arrivals):
     turns = {}
     for n, (turn, ids, count) in enumerate(arrivals):
         turns.setdefault(turn, []).append(Request(
-            "base", np.array(ids, np.int32), count, 1.0, 1.0, n, told[n].append, False))
+            "base", np.array(ids, np.int32), count, 1.0, 1.0, n, told[n].append, n % 5 == 1))
     for turn in range(max(turns) + 1 + 2 * T):
         batch.waiting += turns.get(turn, [])
         batch.turn()
-    batch.news.tell()
-    assert not batch.live and batch.rows is None and all(t[-1] is None for t in told)
+    assert batch.idle and batch.rows is None and all(t[-1] is None for t in told)
     return [np.concatenate([p.tokens for p in t[:-1]]).tolist() for t in told]
 
 
@@ -121,14 +120,14 @@ def test_requests_that_come_and_go_at_any_turn_draw_what_they_draw_alone(models,
     arrivals = [(int(rng.integers(12)), [BOS, *rng.integers(22, 90, rng.integers(0, T - 2))], 40)
                 for _ in range(24)]
     arrivals = [(turn, ids, min(count, T - len(ids))) for turn, ids, count in arrivals]
-    batch, moved = Batch(models["base"], engines.News()), []
+    batch, moved = Batch(models["base"]), []
     monkeypatch.setattr(engines, "_taken", lambda rows, order, *rest, taken=engines._taken: (
         moved.append(len(order)), taken(rows, order, *rest))[1])
     together = heard(batch, arrivals)
     assert len(set(moved)) > 2  # it grew and shrank
     for n in range(0, 24, 5):
         nobody = [(0, [BOS], 1)] * n  # so that the seed is the same
-        alone = heard(Batch(models["base"], engines.News()), [*nobody, (0, *arrivals[n][1:])])
+        alone = heard(Batch(models["base"]), [*nobody, (0, *arrivals[n][1:])])
         assert alone[n] == together[n]
 
 
@@ -136,14 +135,13 @@ def test_tokens_are_told_once_the_device_is_at_work_again(models, monkeypatch):
     done, advance = [], generate.advance
     monkeypatch.setattr(generate, "advance", lambda *given, **dials: (
         done.append("turn"), advance(*given, **dials))[1])
-    batch = Batch(models["base"], engines.News())
+    batch = Batch(models["base"])
     monkeypatch.setattr(engines, "EVERY", 2)
     batch.waiting.append(Request("base", np.array(PROMPTS[0], np.int32), 3, 0.0, 1.0, 0,
                                  lambda part: done.append("part" if part else "end"), False))
-    for _ in range(2):
+    while not batch.idle:
         batch.turn()
-    batch.news.tell()
-    assert done == ["turn", "turn", "part", "part", "end"]
+    assert done == ["turn", "turn", "part", "turn", "part", "end"]
 
 
 def test_the_likeliest_tokens_are_those_of_the_plain_sampler(engine, models):

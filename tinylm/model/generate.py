@@ -122,12 +122,13 @@ class Said(NamedTuple):
 @functools.partial(jax.jit, static_argnums=(0, 3), static_argnames="k", donate_argnums=2)
 def advance(
     config: ModelConfig, params: Params, state: Decoding, count: int, keys: Key[Array, "B"],
-    temperature: Float[Array, "B"], top_p: Float[Array, "B"], k: int = 5,
+    temperature: Float[Array, "B"], top_p: Float[Array, "B"], limit: Int[Array, "B"], k: int = 5,
 ) -> tuple[Decoding, Said]:
     """Sample up to `count` tokens a row as `decode` does, each row by its own key and dials.
 
     What a row draws depends on its key and its own text, not on the rows beside it. `top_p` keeps
-    the likeliest tokens that make up this share (1904.09751), 1 all. The state given is used up.
+    the likeliest tokens that make up this share (1904.09751), 1 all. A row stops when it has
+    `limit` tokens (T at most), its prompt included. The state given is used up.
     """
     model, B = rebuild(config, params), state.stopped.shape[0]
     blocks, k = model.blocks(), min(k, config.V)
@@ -154,7 +155,7 @@ def advance(
         said = (token, (jnp.take_along_axis(logits, token[:, None], axis=1) - total)[:, 0], best,
                 best_logp - total)
         x, cache = model.extend(blocks, token[:, None], state.cache, state.slot, state.begin)
-        stopped = state.stopped | (token < CONTROL) | (state.slot + 1 - state.begin >= config.T)
+        stopped = state.stopped | (token < CONTROL) | (state.slot + 1 - state.begin >= limit)
         fresh = Decoding(cache, model.head(x)[:, 0], state.slot + 1, state.begin, stopped)
         return fresh, Said(*(a.at[:, n].set(b) for a, b in zip(out, said, strict=True))), n + 1
 

@@ -1,16 +1,18 @@
 """Many requests on few models: one thread owns the device and keeps a running batch a model.
 
 A request joins the batch at the next turn and leaves it when answered; a turn is a few tokens for
-all. The rows write the same slot of their caches, which are rings: the cache of a row that joins is
-turned to where the others are. What a request draws depends on its own seed and text. Each hears of
-its tokens through a callback that must not block.
+all. Rows stop by themselves, so the device is given the next turn before it ends the last, whose
+tokens are told meanwhile. The rows write the same slot of their caches, which are rings: the cache
+of a row that joins is turned to where the others are. What a request draws depends on its own seed
+and text. Each hears of its tokens through a callback that must not block.
 """
 
 import functools
 import logging
 import queue
 import threading
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -26,8 +28,12 @@ from tinylm.model.attention import KeyValue
 from tinylm.model.decoder import ModelConfig, Params
 from tinylm.text.tokenizer import Tokenizer
 
-EVERY = 16
+EVERY = 8
 """tokens of a turn"""
+LINGER = 0.01
+"""seconds, at most, in which those who were just answered may ask again and join the next turn"""
+PACE = 0.05
+"""seconds between what a request is told: each time costs the server's threads as much as a turn"""
 SIZES = (1, 4, 8, 32, 64)
 """rows of a batch, and of those that join it, rounded up to one of these: few programs"""
 LIKELIEST = 5
@@ -54,7 +60,7 @@ class Part(NamedTuple):
 
     tokens: np.ndarray  # int32[n]
     logp: np.ndarray  # float32[n], nats
-    top: np.ndarray  # int32[n, k]; k = 0 unless some request of the batch asks for them
+    top: np.ndarray  # int32[n, k]; k = 0 where the request does not ask for them
     top_logp: np.ndarray  # float32[n, k]
 
 
@@ -73,11 +79,17 @@ class Request:
     """the likeliest tokens are told beside each drawn one"""
     cancelled: bool = False
     made: int = field(default=0, init=False)
+    ended: bool = field(default=False, init=False)
+    held: list[Part] = field(default_factory=list, init=False)
+    """made and not told yet"""
+    due: float = field(default=0.0, init=False)
+    """when it is told again"""
+    """the end, or a failure, was told"""
 
     @property
-    def length(self) -> int:
-        """Give its tokens so far, prompt included."""
-        return len(self.ids) + self.made
+    def limit(self) -> int:
+        """Give its tokens when it ends at the latest, prompt included."""
+        return len(self.ids) + self.count
 
 
 class Rows(NamedTuple):
@@ -87,6 +99,7 @@ class Rows(NamedTuple):
     keys: jax.Array
     temperature: jax.Array
     top_p: jax.Array
+    limit: jax.Array
 
 
 class Engine:
@@ -95,7 +108,6 @@ class Engine:
     def __init__(self, models: dict[str, Model]):
         self.models = models
         self._asked: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
-        self._news = News()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __enter__(self) -> "Engine":
@@ -125,65 +137,59 @@ class Engine:
 
     def _run(self) -> None:
         batches: dict[str, Batch] = {}
+        until = 0.0
         while True:
-            if not batches:
-                self._news.tell()
-            while not self._asked.empty() or not batches:
-                if (request := self._asked.get()) is None:
-                    self._news.tell()
+            while not (self._asked.empty() and batches and time.monotonic() >= until):
+                try:
+                    request = self._asked.get(
+                        timeout=max(0.0, until - time.monotonic()) if batches else None)
+                except queue.Empty:
+                    break
+                if request is None:
                     return
                 name = request.model
-                batch = batches.setdefault(name, Batch(self.models[name], self._news))
-                batch.waiting.append(request)
+                batches.setdefault(name, Batch(self.models[name])).waiting.append(request)
+            began = time.monotonic()
             for name, batch in list(batches.items()):
                 batch.turn()
-                if not (batch.waiting or batch.live):
+                if batch.idle:
                     del batches[name]
-
-
-class News:
-    """What requests are to be told, kept until the device is at work on the next turn.
-
-    Telling wakes other threads, and none may keep the device waiting.
-    """
-
-    def __init__(self):
-        self._untold: list[tuple[Request, Part | None | Exception]] = []
-
-    def add(self, request: Request, what: Part | None | Exception) -> None:
-        """Keep what a request is to be told, in its order."""
-        self._untold.append((request, what))
-
-    def tell(self) -> None:
-        """Tell everything that is kept."""
-        untold, self._untold = self._untold, []
-        for request, what in untold:
-            request.told(what)
+            now = time.monotonic()
+            until = now + min(LINGER, (now - began) / 2)
 
 
 class Batch:
     """The requests of one model: those that wait, and those that are decoded together."""
 
-    def __init__(self, model: Model, news: News):
-        self.model, self.news = model, news
+    def __init__(self, model: Model):
+        self.model = model
         self.waiting: list[Request] = []
         self.seats: list[Request | None] = []
         """who has which row"""
         self.rows: Rows | None = None
+        self._underway: tuple[generate.Said, list[Request | None]] | None = None
 
     @property
     def live(self) -> list[Request]:
         """List the requests that are being answered."""
         return [r for r in self.seats if r is not None]
 
+    @property
+    def idle(self) -> bool:
+        """Tell whether nothing waits, is decoded or is still to be told."""
+        return not (self.waiting or self.live or self._underway)
+
     def turn(self) -> None:
-        """Let those in that wait and decode a few tokens of all."""
+        """Let those in that wait, begin a few tokens of all, tell what the turn before came to."""
         joining = [r for r in self.waiting if not r.cancelled][:SIZES[-1] - len(self.live)]
         self.waiting = [r for r in self.waiting if not r.cancelled and r not in joining]
         if joining:
             self._or_told(lambda: self._join(joining), joining)
+        before, self._underway = self._underway, None
         if self.live:
-            self._or_told(self._decode, self.live)
+            self._or_told(self._begin, self.live)
+        if before:
+            self._or_told(lambda: self._tell(*before), [r for r in before[1] if r is not None])
 
     def _or_told(self, do: Callable[[], None], requests: list[Request]) -> None:
         """Do it; what goes wrong is told to those it was for, and the others go on."""
@@ -192,12 +198,14 @@ class Batch:
         except Exception as fault:
             logging.getLogger(__name__).exception("%s failed", self.model.name)
             for request in requests:
-                self.news.add(request, fault)
-            self.news.tell()
-            self._seat(None if r in requests else r for r in self.seats)
+                self._end(request, fault)
 
-    def _seat(self, seats: Iterable[Request | None]) -> None:
-        self.seats = list(seats)
+    def _end(self, request: Request, why: Exception | None) -> None:
+        """Tell the end of a request, once, and free its row."""
+        if not request.ended:
+            request.ended = True
+            request.told(why)
+        self.seats = [None if r is request else r for r in self.seats]
         if not self.live:
             self.seats, self.rows = [], None
 
@@ -215,7 +223,8 @@ class Batch:
         places = np.array(free + free[-1:] * (size - len(free)), np.int32)
         self.rows = _seated(self.rows, state, places, *(
             np.array([getattr(r, name) for r in filled], dtype) for name, dtype in (
-                ("seed", np.uint32), ("temperature", np.float32), ("top_p", np.float32))))
+                ("seed", np.uint32), ("temperature", np.float32), ("top_p", np.float32),
+                ("limit", np.int32))))
         for n, request in zip(free, requests, strict=True):
             self.seats[n] = request
 
@@ -225,28 +234,36 @@ class Batch:
         self.rows = _taken(self.rows, order, np.arange(size) >= len(kept))
         self.seats = [self.seats[n] for n in kept] + [None] * (size - len(kept))
 
-    def _decode(self) -> None:
-        """Decode a turn, keep its tokens to be told, free the rows of those that are answered."""
+    def _begin(self) -> None:
+        """Give the device a turn of all rows, in fewer of them where most are free."""
+        size = _size(self.live)
+        if not self.waiting and size < len(self.seats) >= 2 * len(self.live):
+            self._resize(size)
         k = LIKELIEST if any(r.likeliest for r in self.live) else 0
         state, said = generate.advance(self.model.config, self.model.params, self.rows.state,
                                        EVERY, *self.rows[1:], k=k)
-        self.news.tell()
-        arrays, stopped = [np.asarray(a) for a in said], np.array(state.stopped)
-        for row, request in enumerate(self.seats):
-            if request is None:
+        self.rows = self.rows._replace(state=state)
+        self._underway = said, list(self.seats)
+
+    def _tell(self, said: generate.Said, seats: list[Request | None]) -> None:
+        """Tell the tokens of a turn that those in these rows had, and who has ended by them."""
+        arrays = [np.asarray(a) for a in said]
+        for row, request in enumerate(seats):
+            if request is None or request.ended:
                 continue
             ends = np.flatnonzero(arrays[0][row] < generate.CONTROL)
             size = min(EVERY, request.count - request.made, *(ends[:1] + 1))
             request.made += size
-            self.news.add(request, Part(*(a[row, :size] for a in arrays)))
-            if stopped[row] or request.made >= request.count or request.cancelled:
-                stopped[row], self.seats[row] = True, None
-                self.news.add(request, None)
-        self.rows = self.rows._replace(state=state._replace(stopped=jnp.asarray(stopped)))
-        self._seat(self.seats)
-        size = _size(self.live) if self.live else 0
-        if not self.waiting and size < len(self.seats) >= 2 * len(self.live):
-            self._resize(size)
+            last = ends.size or request.made >= request.count or request.cancelled
+            k = LIKELIEST * request.likeliest
+            request.held.append(Part(*(a[row, :size] for a in arrays[:2]),
+                                     *(a[row, :size, :k] for a in arrays[2:])))
+            if last or time.monotonic() >= request.due:
+                request.due = time.monotonic() + PACE
+                request.told(Part(*map(np.concatenate, zip(*request.held, strict=True))))
+                request.held.clear()
+            if last:
+                self._end(request, None)
 
 
 def _size(requests: Sequence[Request]) -> int:
@@ -261,7 +278,7 @@ def _blank(like: generate.Decoding, size: int) -> Rows:
     logits = jnp.zeros((size, like.logits.shape[1]))
     return Rows(generate.Decoding(cache, logits, like.slot, begin, stopped),
                 jax.vmap(jax.random.key)(jnp.zeros(size, jnp.uint32)), jnp.ones(size),
-                jnp.ones(size))
+                jnp.ones(size), jnp.zeros(size, jnp.int32))
 
 
 @jax.jit
@@ -273,13 +290,14 @@ def _taken(rows: Rows, order: Int[Array, "B"], stopped: Bool[Array, "B"]) -> Row
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _seated(rows: Rows, fresh: generate.Decoding, places: Int[Array, "b"], seeds: Int[Array, "b"],
-            temperature: Float[Array, "b"], top_p: Float[Array, "b"]) -> Rows:
+            temperature: Float[Array, "b"], top_p: Float[Array, "b"],
+            limit: Int[Array, "b"]) -> Rows:
     """Write fresh rows over those at these places, their caches turned to the others' slot."""
     by = rows.state.slot - fresh.slot
     cache = tuple(KeyValue(jnp.roll(c.k, by, 2), jnp.roll(c.v, by, 2), c.last)
                   for c in fresh.cache)
     turned = Rows(fresh._replace(cache=cache, begin=fresh.begin + by),
-                  jax.vmap(jax.random.key)(seeds), temperature, top_p)
+                  jax.vmap(jax.random.key)(seeds), temperature, top_p, limit)
 
     def seat(n: Int[Array, ""], rows: Rows) -> Rows:
         return jax.tree.map(lambda old, new: jax.lax.dynamic_update_index_in_dim(

@@ -40,9 +40,9 @@ def serve(runs: Positional[tuple[Path, ...]], host: str = "127.0.0.1", port: int
         at = bound.getsockname()[1]
         print(f"http://{'[' + host + ']' if ':' in host else host}:{at}/ and /v1: "
               + ", ".join(served), flush=True)
-        uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_keep_alive=10,
-                                      limit_concurrency=512, server_header=False)
-                       ).run(sockets=[bound])
+        uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False,
+                                      timeout_keep_alive=10, limit_concurrency=512,
+                                      server_header=False)).run(sockets=[bound])
 
 
 def _opened(runs: tuple[Path, ...], text: Path | None) -> dict:
