@@ -7,7 +7,7 @@ command    python experiments/checkpoint_cost.py --out studies/checkpoints \\
                --results experiments/results
 cost       30 minutes on two cores
 expected   under 2% at 30 seconds, 1 GB/s or more
-result     with --rounds 20: .9% (.5 to 1.3) at xl, .0% at m; 1.6 and .97 GB/s (experiments/LOG.md,
+result     with --rounds 20: 1.3% (.8 to 1.9) at xl, .1% at m; 2.2 and 1.02 GB/s (LOG.md,
            "What a checkpoint costs")
 """
 

@@ -33,7 +33,7 @@ EVERY = 8
 LINGER = 0.01
 """seconds, at most, in which those who were just answered may ask again and join the next turn"""
 TOLD = 300
-"""times a second that requests are told, all together: it costs the server's threads a millisecond"""
+"""times a second that requests are told, in all: each costs the server's thread about 1 ms"""
 SIZES = (1, 4, 8, 32, 64)
 """rows of a batch, and of those that join it, rounded up to one of these: few programs"""
 LIKELIEST = 5
