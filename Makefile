@@ -25,11 +25,12 @@ faults: $(VENV)/test.ok
 	rm -f studies/faults.jsonl
 	$(VENV)/bin/python -m pytest tests/faults -m "slow or not slow" --dist=load --draw $$(date +%s) --long studies/faults.jsonl
 
-# tracked notebooks and README's figure change here only: redrawn from experiments/results
+# tracked notebooks and README's figure change here only: redrawn from experiments/results, and
+# published_laws where TINYLM_PUBLISHED names the tables' folder
 notebooks: $(VENV)/test.ok
-	$(VENV)/bin/python -c "from pathlib import Path; from tinylm.look.notebook import execute; \
+	$(VENV)/bin/python -c "import os; from pathlib import Path; from tinylm.look.notebook import execute; \
 	place = Path('experiments/results/laptop'); \
-	[execute(source, place, source.with_suffix('.ipynb')) for source in sorted(Path('notebooks').glob('*.py')) if source.stem != 'published_laws']"
+	[execute(source, place, source.with_suffix('.ipynb')) for source in sorted(Path('notebooks').glob('*.py')) if source.stem != 'published_laws' or 'TINYLM_PUBLISHED' in os.environ]"
 	$(VENV)/bin/python -c "from pathlib import Path; from tinylm import files; from tinylm.look import plots; \
 	from tinylm.look.study import Study; place = Path('experiments/results/laptop'); \
 	files.write_text(place / 'loss_axis.svg', plots.standalone(plots.loss_axis(Study(place))))"

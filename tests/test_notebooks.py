@@ -41,8 +41,12 @@ def test_numbers_are_compared_to_three_digits_and_words_exactly():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("committed", BOOKS, ids=[p.stem for p in BOOKS])
-def test_a_notebook_executed_again_prints_what_is_committed(committed, tmp_path):
+def test_a_notebook_executed_again_prints_what_is_committed(
+        committed, tmp_path, request, monkeypatch):
     pytest.importorskip("jupytext")
+    if committed.stem == "published_laws":  # of tables that are not ours to commit
+        published = request.getfixturevalue("shared") / "published-runs"
+        monkeypatch.setenv("TINYLM_PUBLISHED", str(published))
     place = notebook.execute(committed.with_suffix(".py"), ROOT / "experiments/results/laptop",
                              tmp_path / committed.name)
     assert place is not None
