@@ -316,7 +316,7 @@ def _below(folder: Path) -> list[Path]:
 
 
 def _hashes(paths: list[Path], threads: int) -> dict[Path, str]:
-    """Hash files, the first ones first, on as many threads as there are cores, the caller's one."""
+    """Hash files, the first ones first, on so many threads, one a core at most, the caller's too."""
     left, found = iter(paths), {}
 
     def work() -> None:

@@ -33,7 +33,7 @@ EVERY = 8
 LINGER = 0.01
 """seconds, at most, in which those who were just answered may ask again and join the next turn"""
 TOLD = 300
-"""times a second that requests are told, in all: each costs the server's thread about 1 ms"""
+"""times a second that requests are told, in all, so that telling does not take a core"""
 SIZES = (1, 4, 8, 32, 64)
 """rows of a batch, and of those that join it, rounded up to one of these: few programs"""
 LIKELIEST = 5
@@ -56,7 +56,7 @@ class Model:
 
 
 class Part(NamedTuple):
-    """What one turn added to a request."""
+    """What one turn, or a few, added to a request."""
 
     tokens: np.ndarray  # int32[n]
     logp: np.ndarray  # float32[n], nats
@@ -80,11 +80,11 @@ class Request:
     cancelled: bool = False
     made: int = field(default=0, init=False)
     ended: bool = field(default=False, init=False)
+    """the end, or a failure, was told"""
     held: list[Part] = field(default_factory=list, init=False)
     """made and not told yet"""
     due: float = field(default=0.0, init=False)
     """when it is told again"""
-    """the end, or a failure, was told"""
 
     @property
     def limit(self) -> int:
