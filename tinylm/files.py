@@ -316,7 +316,7 @@ def _below(folder: Path) -> list[Path]:
 
 
 def _hashes(paths: list[Path], threads: int) -> dict[Path, str]:
-    """Hash files, the first ones first, on so many threads, one a core at most, the caller's too."""
+    """Hash files, the first ones first, on so many threads, at most one a core, counting ours."""
     left, found = iter(paths), {}
 
     def work() -> None:
