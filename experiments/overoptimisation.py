@@ -29,7 +29,7 @@ from tinylm import files, machine
 from tinylm.config import BadInput
 from tinylm.evaluate import pool, suite
 from tinylm.evaluate.rates import best_of_n
-from tinylm.look import progress
+from tinylm.look import plots, progress
 from tinylm.stages import policy as policies
 from tinylm.stages.reward import RewardConfig, judge_of, reward
 from tinylm.text import rubric, tasks
@@ -114,8 +114,10 @@ def main(args: Args) -> int:
     if args.results:
         head = ("params", "pairs", "seed", "accuracy", "ceiling", "turns", "kl_nats", "gold",
                 "proxy", "falls", "falls_low95", "way")
-        write_table(args.results / "overoptimisation.csv", head,
-                    [(*row, way) for way in ways for row in rows[way]])
+        table = [(*row, way) for way in ways for row in rows[way]]
+        write_table(args.results / "overoptimisation.csv", head, table)
+        figure = plots.overoptimised([dict(zip(head, row, strict=True)) for row in table])
+        files.write_text(args.results / "overoptimisation.svg", plots.standalone(figure))
         files.write_json(args.results / "overoptimisation.json", summary)
     return 0
 
@@ -153,9 +155,8 @@ def optimised(args: Args, place: Path, pairs: int, seed: int, asked: list[tasks.
 def selected(args: Args, place: Path, pairs: int, seed: int, rankings: pool.Pool,
              many: pool.Pool) -> list[tuple]:
     """Train one reward model on so many pairs and select by it; give a row for each n."""
-    some = pool.Pool(*(of[seed::args.seeds][:pairs] for of in rankings))
+    some, rest = drawn(rankings, pairs, seed)
     train, _ = pool.labelled(some, args.sharpness, seed)
-    rest = pool.Pool(*(of[-len(rankings.gold) // 8:] for of in rankings))
     held, ceiling = pool.labelled(rest, args.sharpness, 1000 + seed)
     model, tokens, _ = models.opened(place, None)
     rows = min(16, 1 << (len(train.tokens).bit_length() - 1))
@@ -177,6 +178,14 @@ def selected(args: Args, place: Path, pairs: int, seed: int, rankings: pool.Pool
              math.log(n) - (n - 1) / n, float(curve.mean()),
              float(best_of_n(proxy, jnp.asarray(told), n).mean()), drop, low)
             for n, curve in zip(ns, golds, strict=True)]
+
+
+def drawn(rankings: pool.Pool, pairs: int, seed: int) -> tuple[pool.Pool, pool.Pool]:
+    """Draw the prompts that a reward model trains on; give those that judge it, the same for all.
+    """
+    kept, rest = pool.split(rankings, 0.125)
+    chosen = np.random.default_rng(seed).permutation(len(kept.gold))[:pairs]
+    return pool.Pool(*(of[chosen] for of in kept)), rest
 
 
 def falls(golds: np.ndarray) -> tuple[float, float]:

@@ -34,6 +34,17 @@ def test_a_proxy_that_is_the_gold_is_not_over_optimised_and_one_that_is_wrong_fa
         assert over or drop == 0
 
 
+def test_reward_models_train_on_as_many_prompts_as_is_said_and_never_on_those_that_judge(found):
+    of = np.arange(4096)[:, None]
+    rankings = found.pool.Pool(of, of, of, of, of)
+    trained, judging = zip(*(found.drawn(rankings, 2048, seed) for seed in range(3)), strict=True)
+    assert [len(set(some.gold.flat)) for some in trained] == [2048] * 3
+    assert set(trained[0].gold.flat) != set(trained[1].gold.flat)
+    for some, rest in zip(trained, judging, strict=True):
+        assert set(rest.gold.flat) == set(range(3584, 4096))
+        assert not set(some.gold.flat) & set(rest.gold.flat)
+
+
 @pytest.mark.parametrize("law", ["d (a - b d)", "d (a - b ln d)"])
 def test_the_laws_recover_what_was_planted_and_forecast_the_larger_model(found, law, tmp_path):
     table = []
@@ -76,6 +87,7 @@ def test_a_toy_study_of_over_optimisation_writes_its_forecast_first(tmp_path):
         assert len(said[way]["outcome"]) == 2
     rows = list(csv.DictReader((tmp_path / "overoptimisation.csv").read_text().splitlines()))
     assert len(rows) == 3 * 2 * 2 * (4 + 2)
+    assert "best_of_n, 16 pairs" in (tmp_path / "overoptimisation.svg").read_text()
 
 
 @pytest.mark.slow

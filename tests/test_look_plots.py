@@ -186,6 +186,19 @@ def test_figures_of_anybodys_runs_show_their_numbers():
     assert widths == [s["coverage"] for s in intervals.shipped()["studies"].values()]
 
 
+def test_over_optimisation_is_drawn_as_means_over_seeds_a_panel_a_way_and_number_of_pairs():
+    rows = [{"way": way, "pairs": pairs, "params": 1000 * size, "seed": seed, "turns": turn,
+             "kl_nats": float(turn**2), "gold": 10.0 * size + seed, "proxy": 7.0 + turn}
+            for way in ("best_of_n", "grpo") for pairs in (8, 16) for size in (1, 2)
+            for seed in (0, 2) for turn in (0, 1, 2)]
+    panels = plots.overoptimised(rows).axes
+    assert [ax.get_title("left") for ax in panels] == [
+        "best_of_n, 8 pairs", "best_of_n, 16 pairs", "grpo, 8 pairs", "grpo, 16 pairs"]
+    gold, proxy = panels[3].lines[2:]
+    np.testing.assert_allclose(gold.get_xydata(), [(0, 21), (1, 21), (2, 21)])
+    np.testing.assert_allclose(proxy.get_xydata(), [(0, 0), (1, 1), (2, 2)])
+
+
 def test_a_notebook_runs_on_this_interpreter_whatever_is_installed(tmp_path, monkeypatch):
     pytest.importorskip("jupytext")
     files.write_json(tmp_path / "share/kernels/python3/kernel.json", {

@@ -2,6 +2,7 @@
 
 import html
 import io
+import itertools
 import math
 import re
 import warnings
@@ -297,6 +298,33 @@ def cost(rows: list[dict[str, Any]]) -> Figure:
                         xy=(r["flops_per_token"], 1e6 / r["tokens_per_second"]),
                         xytext=(4, -9 if compute == "bf16" else 4), textcoords="offset points")
     return _done(ax, "Time a token (share of the best float32 product)")
+
+
+def overoptimised(rows: list[dict[str, Any]]) -> Figure:
+    """Draw gold and proxy over sqrt(KL), a panel a way of optimising and a number of pairs.
+
+    Means over seeds at equal `turns`, each as `gold` and `proxy` say; a colour a reward model's
+    size.
+    """
+    ways, pairs, sizes = (sorted({row[key] for row in rows}) for key in ("way", "pairs", "params"))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure((3.2 * len(pairs), 3.0 * len(ways)), layout="constrained")
+        panels = figure.subplots(len(ways), len(pairs), squeeze=False, sharey="row")
+    for (way, count), ax in zip(itertools.product(ways, pairs), panels.flat, strict=True):
+        for size, colour in zip(sizes, (SKY, BLUE, GREEN, ORANGE, RED, PURPLE), strict=False):
+            some = [r for r in rows if (r["way"], r["pairs"], r["params"]) == (way, count, size)]
+            turns = sorted({r["turns"] for r in some})
+            kl, gold, proxy = (np.array([np.mean([r[key] for r in some if r["turns"] == turn])
+                                         for turn in turns])
+                               for key in ("kl_nats", "gold", "proxy"))
+            d = np.sqrt(np.maximum(kl, 0.0))
+            ax.plot(d, gold, "-", color=colour, label=f"{size / 1e6:.2f}M")
+            ax.plot(d, proxy - proxy[0], ":", color=colour)
+        ax.set_title(f"{way}, {count} pairs", loc="left")
+        ax.set_xlabel("sqrt(KL)")
+    panels[0, 0].set_ylabel("gold (line), proxy (dots) above the start")
+    panels[0, 0].legend(fontsize=8)
+    return figure
 
 
 def svg(figure: Figure) -> str:
