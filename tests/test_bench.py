@@ -76,10 +76,24 @@ def test_a_process_that_dies_is_named_and_nobody_waits_for_it(monkeypatch):
         bench.train(("tiny",), 2, rounds=1, seconds=0.01)
 
 
-def test_decoding_is_timed_for_each_batch():
+def test_decoding_is_timed_for_each_batch_with_and_without_a_cache():
     rates = bench.generation(("tiny",), batches=(1, 3), rounds=1)["tokens_per_second"]
+    for name in ("tiny batch 1", "tiny batch 3"):
+        slow = rates.pop(name + " without cache")
+        assert rates[name]["ratio"] == rates[name]["median"] / slow["median"]
+        assert "ratio" not in slow
     assert set(rates) == {"tiny batch 1", "tiny batch 3"}
     assert all(r["median"] > 0 for r in rates.values())
+
+
+def test_without_a_cache_a_token_costs_a_pass_over_the_whole_context(monkeypatch):
+    shapes = []
+    built = bench.rebuild
+    monkeypatch.setattr(bench, "rebuild", lambda config, params: lambda tokens: shapes.append(
+        tokens.shape) or built(config, params)(tokens))
+    config, _ = bench.shape("tiny")
+    bench.uncached(config, 3)()
+    assert shapes == [(3, config.T)]
 
 
 def test_a_sweeps_shares_are_told_as_run_and_as_at_full_length(monkeypatch, tmp_path):

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import math
+import re
 import shutil
 
 import pytest
@@ -49,12 +50,16 @@ def test_rankings_make_a_reward_model_that_policies_are_tuned_against(chain):
     told = last(tinylm("reward", chain / "sft", "--out", chain / "rm", "--data", ranked,
                        "--prompts", 4, "--json"))
     assert told["preferences"]["prompts"] == 4 and told["kind"] == "reward"
+    asked = ("--reward", chain / "rm", "--family", "copy", "--count", 20, "--policy.rollouts", 2,
+             "--policy.prompts", 2, "--policy.responses", 4, "--policy.budget", 8)
     for method in ("grpo", "ppo"):
-        found = last(tinylm(method, chain / "sft", "--out", chain / method, "--reward",
-                            chain / "rm", "--family", "copy", "--count", 20, "--policy.rollouts", 2,
-                            "--policy.prompts", 2, "--policy.responses", 4, "--policy.budget", 8,
-                            "--json"))
+        command = (method, chain / "sft", "--out", chain / method, *asked)
+        found = last(tinylm(*command, "--json"))
         assert found["kind"] == method and found["config"]["judge"] == told["id"]
+    said = re.search(r"sampling took ([\d.]+) s, learning ([\d.]+)", tinylm(*command).stdout)
+    timing, = files.read_rows(chain / "ppo/timing.jsonl")
+    assert [float(s) for s in said.groups()] == [
+        round(timing[f"{kind}_seconds"], 1) for kind in ("sample", "compute")]
     best = last(tinylm("best-of-n", chain / "sft", "--reward", chain / "rm", "--family", "copy",
                        "--count", 4, "--samples", 4, "--n", 1, 4, "--budget", 8, "--json"))["rows"]
     assert [row["n"] for row in best] == [1, 4] and best[0]["kl_bound_nats"] == 0

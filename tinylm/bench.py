@@ -24,7 +24,7 @@ import numpy as np
 from tinylm import files, machine
 from tinylm.config import BadInput, canonical, from_json, require, to_json
 from tinylm.laws.accounting import flops_per_token
-from tinylm.model.decoder import ModelConfig, init
+from tinylm.model.decoder import ModelConfig, init, rebuild
 from tinylm.model.generate import decode, prefill
 from tinylm.stages.pretrain import PretrainConfig
 from tinylm.sweep import cells, packing, runner
@@ -111,12 +111,19 @@ def train(shapes: tuple[str, ...], models: int = 1, rounds: int = 5, seconds: fl
 
 def generation(shapes: tuple[str, ...], batches: tuple[int, ...] = (1, 64), rounds: int = 5,
                compute: str = "f32") -> dict[str, Any]:
-    """Measure decoding T - 1 tokens from one, tokens a second of one device."""
-    tasks = {f"{name} batch {B}": decoder(shape(name, compute)[0], B)
-             for name in shapes for B in batches}
+    """Measure decoding T - 1 tokens from one, tokens a second of one device.
+
+    `ratio` is to the same without a cache: to a whole forward pass for each token.
+    """
+    kinds = {"": decoder, " without cache": uncached}
+    tasks = {f"{name} batch {B}{kind}": make(shape(name, compute)[0], B)
+             for name in shapes for B in batches for kind, make in kinds.items()}
     found = interleaved(tasks, rounds)
-    return {"what": "decode", **_facts(),
-            "tokens_per_second": {k: r._asdict() for k, r in found.items()}}
+    rates = {k: r._asdict() for k, r in found.items()}
+    for name in rates:
+        if name + " without cache" in rates:
+            rates[name]["ratio"] = found[name].median / found[name + " without cache"].median
+    return {"what": "decode", **_facts(), "tokens_per_second": rates}
 
 
 def sweep(preset: str, scale: float, corpus: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -273,6 +280,7 @@ def _cached(folder: Path) -> Iterator[None]:
 
 def _swept(folder: Path, runs: list[PretrainConfig], scale: float) -> dict[str, Any]:
     by, row = spent(folder), files.read_rows(folder / "workers.jsonl")[-1]
+    del by["sample"]  # which no run of a sweep does
     wall, full = by.pop("wall"), {k: v / scale if k in ("compute", "input") else v
                                   for k, v in by.items()}
     return {**row, "shares": {k: v / wall for k, v in by.items()},
@@ -335,6 +343,20 @@ def decoder(config: ModelConfig, B: int) -> Callable[[], float]:
                         ends=0)
         out.block_until_ready()
         return B * (config.T - 1) / (time.perf_counter() - began)
+
+    return once
+
+
+def uncached(config: ModelConfig, B: int) -> Callable[[], float]:
+    """Give a task: B sequences' next tokens by a forward pass over T positions; tokens a second."""
+    params = init(config, jax.random.key(0))
+    tokens = jnp.zeros((B, config.T), jnp.int32)
+    after = jax.jit(lambda params: rebuild(config, params)(tokens)[:, -1].argmax(-1))
+
+    def once() -> float:
+        began = time.perf_counter()
+        after(params).block_until_ready()
+        return B / (time.perf_counter() - began)
 
     return once
 

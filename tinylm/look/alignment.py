@@ -71,8 +71,10 @@ def preferred(record: dict[str, Any]) -> str:
             f"nats; base text {record['loss']['bits_per_byte']:.4f} bits a byte")
 
 
-def optimised(record: dict[str, Any]) -> str:
-    """Say what policy optimisation did, from its first rollout to its last."""
+def optimised(record: dict[str, Any], seconds: dict[str, float]) -> str:
+    """Say what policy optimisation did, from its first rollout to its last, and how its time went
+    (sweep/times.spent).
+    """
     first, last = record["policy"]["first"], record["policy"]["last"]
     lines = [f"{record['id']}: {record['status']}" + (f", ended by its guard ({record['ended']})"
                                                      if record["ended"] else "")]
@@ -83,6 +85,9 @@ def optimised(record: dict[str, Any]) -> str:
         lines.append(f"  {name.split('_')[0]}: {_or_none(a)} -> {_or_none(b)}{unit}")
     if record["loss"]:
         lines.append(f"  base text: {record['loss']['bits_per_byte']:.4f} bits a byte")
+    rest = seconds["wall"] - seconds["sample"] - seconds["compute"]
+    lines.append(f"  sampling took {seconds['sample']:.1f} s, learning {seconds['compute']:.1f}, "
+                 f"the rest {rest:.1f}")
     return "\n".join(lines)
 
 

@@ -18,7 +18,7 @@ from tinylm.text import prepare
 from tinylm.train import run
 
 KINDS = ("sweep", "tuning", "position", ".")  # folders of runs; target and chat lie at the top
-SPENT = ("compute", "compile", "wait", "start", "input", "save", "evaluate")
+SPENT = ("compute", "sample", "compile", "wait", "start", "input", "save", "evaluate")
 RESTS_ON = ("baselines.json", "tuning.json", "law.json", "forecast.json", "score.json",
             "samples.json", "alignment.json", "target/record.json", "chat/record.json")
 PIECES = 90  # tokens of held-out text shown in colours
@@ -293,8 +293,8 @@ def times(study: Study) -> str:
     by_stage = table(("stage", "minutes", "processor minutes"), minutes,
                      "of all calls of this study but those that were killed") if minutes else ""
     return by_stage + table(("runs", "seconds", *SPENT), rows, "seconds of all processes "
-                            "together; wait is workers starting or idle, start is initialising "
-                            "and restoring")
+                            "together; sample is a policy's rollouts, wait is workers starting or "
+                            "idle, start is initialising and restoring")
 
 
 def measured(study: Study) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tinylm import files
 
-KINDS = ("compile", "start", "input", "compute", "save", "evaluate")
+KINDS = ("compile", "start", "input", "compute", "sample", "save", "evaluate")
 """what a row of timing.jsonl tells apart (see train/loop.Clock)"""
 
 

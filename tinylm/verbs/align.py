@@ -16,6 +16,7 @@ from tinylm.model.decoder import ModelConfig
 from tinylm.stages import dpo as preferring
 from tinylm.stages import policy as policies
 from tinylm.stages import reward as judging
+from tinylm.sweep.times import spent
 from tinylm.text import preferences, rubric, tasks
 from tinylm.text.preferences import Ranked
 from tinylm.text.tokenizer import Tokenizer
@@ -210,7 +211,7 @@ def _optimised(method: Literal["ppo", "grpo"], parent, out, reward, family, coun
     plan = folders.plan_of(out, rows, model.shape)
     with progress.bar(method, config.rollouts * config.updates) as event:
         record = policies.policy(out, config, parent, prompts, judge, tokens, plan, event)
-    progress.answer(record, json, alignment.optimised(record))
+    progress.answer(record, json, alignment.optimised(record, spent(out)))
     if record["status"] != "ok":
         raise SystemExit(1)
 
