@@ -39,7 +39,7 @@ class DpoConfig:
     """optimiser steps"""
     pairs: int = 32
     """pairs a step"""
-    beta: float = 0.1
+    beta: float = 0.5
     """nats of reward a nat of log-probability is worth"""
     smoothing: float = 0.0
     """share of labels taken to be flipped"""

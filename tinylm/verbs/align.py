@@ -78,7 +78,7 @@ def dpo(parent: Positional[Path], out: Path, data: tuple[Path, ...] = (), sample
         family: tuple[str, ...] = ("sentence",), responses: int = 4, sharpness: float = 4.0,
         budget: int = 32, heldout: float = 0.1,
         optim: OptimConfig = OptimConfig(lr=3e-4, decay=1.0),  # noqa: B008
-        steps: int = 0, pairs: int = 32, beta: float = 0.1, smoothing: float = 0.0, seed: int = 0,
+        steps: int = 0, pairs: int = 32, beta: float = 0.5, smoothing: float = 0.0, seed: int = 0,
         text: Path | None = None, skip_bad_lines: bool = False, json: bool = False) -> None:
     """Tune a run on ranked responses directly, without a reward model.
 
