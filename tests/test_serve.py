@@ -56,15 +56,14 @@ def rankings(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def address(engine, rankings):
-    from tinylm.serve.app import application
+    from tinylm.serve.app import application, server
 
     with socket.create_server(("127.0.0.1", 0), backlog=256) as bound:
-        server = uvicorn.Server(uvicorn.Config(application(engine, (), rankings),
-                                               log_level="critical"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
+        running = server(application(engine, (), rankings), "critical")
+        thread = threading.Thread(target=running.run, kwargs={"sockets": [bound]}, daemon=True)
         thread.start()
         yield f"http://127.0.0.1:{bound.getsockname()[1]}"
-        server.should_exit = True
+        running.should_exit = True
         thread.join()
 
 
@@ -178,6 +177,32 @@ def test_a_nucleus_keeps_the_likeliest_that_make_up_its_share():
         assert set(nucleus) <= set(np.flatnonzero(mine)) and mine.sum() - len(nucleus) <= 1
     almost = jnp.full((1, 3), 0.333)  # rounding: they add up to less than the share
     assert (generate._nucleus(almost, jnp.ones(1)) > 0).all()
+
+
+def test_what_was_prepared_is_compiled_before_it_is_asked(models):
+    programs = (generate._prefill, generate.advance, engines._blank, engines._seated,
+                engines._taken)
+    alone = {"base": dataclasses.replace(models["base"], config=dataclasses.replace(
+        models["base"].config, T=40))}  # of a shape that no other test uses
+    with Engine(alone) as running:
+        running.prepare()
+        running._preparing.join()
+        made = [of._cache_size() for of in programs]
+        for asked in (
+                [(n, [BOS] * (1 + 3 * n), {"seed": n}, n % 5 == 0) for n in range(13)],
+                [(0, [BOS], {}, False)] * 70, [(0, [BOS] * 39, {}, True)] * 2):
+            answered_all(running, asked)
+        assert [of._cache_size() for of in programs] == made
+
+
+def answered_all(running, asked):
+    """Ask all at once, each with or without likeliest tokens, and wait."""
+    heard = [queue.SimpleQueue() for _ in asked]
+    for (seed, ids, _, likeliest), said in zip(asked, heard, strict=True):
+        running.ask(Request("base", np.array(ids), 12, 1.0, 1.0, seed, said.put, likeliest))
+    for said in heard:
+        while isinstance(said.get(timeout=60), Part):
+            pass
 
 
 def test_a_request_that_does_not_fit_is_refused_and_a_failing_one_harms_no_other(engine, models):
@@ -295,7 +320,18 @@ USER = [{"role": "user", "content": "hi"}]
     ({"model": "chat", "messages": USER, "temperature": float("nan")}, "temperature", 400),
     ({"model": "chat", "messages": USER, "max_tokens": 1.5}, "max_tokens", 400),
     ({"model": "chat", "messages": USER, "n": 17}, "n", 400),
-    ({"model": "chat", "messages": USER, "seed": -1}, "seed", 400),
+    ({"model": "chat", "messages": USER, "seed": 2**63}, "seed", 400),
+    ({"model": "chat", "messages": USER, "frequency_penalty": 1}, "frequency_penalty", 400),
+    ({"model": "chat", "messages": USER, "presence_penalty": True}, "presence_penalty", 400),
+    ({"model": "chat", "messages": USER, "response_format": {"type": "json_object"}},
+     "response_format", 400),
+    ({"model": "chat", "messages": USER, "top_logprobs": 3}, "top_logprobs", 400),
+    ({"model": "chat", "messages": USER, "logprobs": "false"}, "logprobs", 400),
+    ({"model": "chat", "messages": USER, "stream_options": {"usage": True}}, "stream_options", 400),
+    ({"model": "base", "messages": [*USER, {"role": "system", "content": "x"}, *USER]},
+     "messages", 400),
+    ({"model": "chat", "messages": [{"role": "user", "content": "\0a" * 20_000}]}, "messages", 400),
+    ({"model": ["chat"], "messages": USER}, "model", 400),
     ({"model": "chat", "messages": USER, "stop": [""]}, "stop", 400),
     ({"model": "chat", "messages": USER, "stream": "yes"}, "stream", 400),
     ({"model": "chat", "messages": USER, "logprobs": True, "top_logprobs": 9}, "top_logprobs", 400),
@@ -306,6 +342,57 @@ def test_what_cannot_be_is_refused_by_its_field(address, asked, param, status):
     error = json.loads(done[1])["error"]
     assert error["param"] == param and error["type"] == "invalid_request_error"
     assert set(error) == {"message", "type", "param", "code"}
+
+
+def test_what_clients_send_by_default_changes_nothing(address):
+    asked = {"model": "chat", "messages": USER, "seed": -3, "max_tokens": 5, "temperature": 1}
+    said = [json.loads(post(address + "/v1/chat/completions", json.dumps(
+        {**asked, **more}).encode())[1])["choices"] for more in ({}, {
+            "tools": None, "response_format": {"type": "text"}, "frequency_penalty": 0,
+            "presence_penalty": 0.0, "logit_bias": {}, "store": False, "user": "me", "top_p": 1,
+            "stream_options": None, "tool_choice": "none", "logprobs": False})]
+    assert said[0] == said[1]
+    greedy = {"model": "base", "prompt": "the", "top_p": 0, "echo": False, "suffix": None,
+              "best_of": 1, "max_tokens": 5}
+    drawn = [json.loads(post(address + "/v1/completions", json.dumps({
+        **greedy, "seed": n}).encode())[1])["choices"][0]["text"] for n in (1, 2)]
+    assert drawn[0] == drawn[1]
+
+
+def test_a_path_or_method_that_is_not_there_is_told_as_other_errors_are(address):
+    for path, status in (("/v1/embeddings", 404), ("/v1/chat/completions", 404)):
+        got, body = post(address + path, None)
+        assert got == status and json.loads(body)["error"]["type"] == "invalid_request_error"
+
+
+def test_a_head_that_does_not_come_whole_is_not_waited_for(address, monkeypatch):
+    from tinylm.serve import api
+
+    monkeypatch.setattr(api, "PATIENCE", 0.4)
+    whole = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    host, port = address.removeprefix("http://").split(":")
+    for before in (b"", whole):  # at once, and after a request on the same connection
+        with socket.create_connection((host, int(port)), timeout=20) as wire:
+            if before:
+                wire.sendall(before)
+                assert wire.recv(65536).split()[1] == b"200"
+            wire.sendall(whole[:20])
+            began = time.monotonic()
+            assert wire.recv(65536) == b""  # closed
+            assert time.monotonic() - began < 5
+    with socket.create_connection((host, int(port)), timeout=20) as wire:
+        for _ in range(3):
+            wire.sendall(whole)
+            assert wire.recv(65536).split()[1] == b"200"
+            time.sleep(0.5)  # a connection between requests is not closed for that
+
+
+def test_half_a_character_is_refused_wherever_it_stands(address):
+    for path, asked in (("/look/tokens", '{"model": "base", "text": "\\ud800abc"}'),
+                        ("/v1/chat/completions", '{"model": "chat", "\\ud800": 1}'),
+                        ("/v1/completions", '{"model": "base", "prompt": "\\udfff"}')):
+        status, body = post(address + path, asked.encode())
+        assert status == 400 and json.loads(body)["error"]["message"]
 
 
 def post(url, data, **headers):
@@ -334,7 +421,7 @@ def test_other_names_other_sites_and_other_paths_are_refused(address):
     for name in ("evil.example", "127.0.0.1.evil.example", "", "[::1"):
         got = raw(address, f"GET /v1/models HTTP/1.1\r\nHost: {name}\r\n\r\n".encode())
         assert got.split()[1] in (b"421", b"400"), got
-    for origin in ("http://evil.example", "null", "https://127.0.0.1"):
+    for origin in ("http://evil.example", "null", "https://127.0.0.1", "http://["):
         assert post(url, None, origin=origin)[0] == 403
     assert post(url, None, origin=address)[0] == 200
     for path in ("/../../../../etc/passwd", "/%2e%2e/%2e%2e/setup.cfg", "/static/../app.py",
@@ -404,7 +491,7 @@ def test_what_is_typed_comes_back_as_text_and_views_answer(address):
     exact = np.exp(found["worked"]["score"]) / found["worked"]["total"]
     assert exact == pytest.approx(found["worked"]["weight"], abs=2e-3)
     for bad in ({"pair": [9, 0, 0, 0]}, {"pair": "x"}, {"text": 3}, {"text": "x" * 30_000},
-                {"model": "none"}):
+                {"model": "none"}, {"model": []}, {"model": {}}):
         asked = {"model": "base", "text": "the", **bad}
         assert post(address + "/look/attention", json.dumps(asked).encode())[0] in (400, 404)
 

@@ -1,11 +1,13 @@
 """The page in headless Chromium: what a person does with keyboard, pointer and a small screen."""
 
 import shutil
+import threading
 
 import pytest
 from test_serve import address, engine, models, rankings  # noqa: F401
 from test_text_tokenizer import learnt  # noqa: F401
 
+from tinylm.serve import engine as engines
 from tinylm.text import preferences
 
 play = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -92,8 +94,64 @@ def test_two_models_answer_side_by_side_and_can_be_stopped(page):
     assert page.is_hidden("#fault")
 
 
+def test_an_answer_is_stopped_or_left_on_its_way_and_the_next_talk_is_sound(
+        page, engine, monkeypatch):  # noqa: F811
+    turn, ask, seen, gate = engines.Batch.turn, engine.ask, [], threading.Event()
+
+    def halting(batch):
+        if any(request.made for request in batch.live):  # an answer that has begun waits here
+            gate.wait(60)
+        turn(batch)
+
+    monkeypatch.setattr(engines.Batch, "turn", halting)
+    monkeypatch.setattr(engine, "ask", lambda request: (seen.append(request), ask(request)))
+    page.click("#tab-chat")
+    page.select_option("#model", "base")
+    for button in ("#stop", "#fresh"):
+        page.fill("#said", "the boat")
+        page.press("#said", "Enter")
+        page.wait_for_selector("#stop:not([disabled])")
+        while not (seen and seen[-1].made):
+            page.wait_for_timeout(50)
+        page.click(button)
+        page.wait_for_selector("#stop[disabled]")
+        kept = page.inner_text("#talks")
+        while not seen[-1].cancelled:
+            page.wait_for_timeout(50)
+        gate.set()
+        page.wait_for_timeout(500)
+        assert page.inner_text("#talks") == kept and seen.pop().made < 30
+        gate.clear()
+    assert page.locator(".turn").count() == 0
+    monkeypatch.setattr(engines.Batch, "turn", turn)
+    page.fill("#said", "again")
+    page.press("#said", "Enter")
+    page.wait_for_selector(".turn >> nth=1")
+    page.wait_for_selector("#stop[disabled]")
+    assert page.is_hidden("#fault")
+
+
+def test_a_long_text_is_said_to_be_read_in_part_and_where_an_answer_settles_is_shown(page):
+    page.fill("#text", "the boat " * 60)
+    page.click("#tab-layers")
+    page.wait_for_selector("#cut:has-text('the last 47 of')")
+    settled = page.locator("#depths tr:last-child td:last-child").inner_text()
+    assert settled == "embedding" or settled.startswith("layer ")
+    page.fill("#text", "the boat")
+    page.wait_for_selector("#cut:text-is('')", state="attached")
+
+
+def test_merges_are_of_the_words_as_they_stand(page):
+    page.fill("#text", "boat boat")
+    page.wait_for_selector("#merges details >> nth=1")
+    last = page.locator("#merges details div:last-child").all_inner_texts()
+    page.locator("#merges summary").first.click()
+    assert not page.locator("#merges div").first.inner_text().startswith("·") and len(last) == 2
+
+
 def test_a_person_s_order_of_answers_is_kept(page, rankings):  # noqa: F811
     page.click("#tab-rank")
+    page.wait_for_selector("#kept:has-text('by-hand.jsonl')")
     page.select_option("#model", index=1)
     page.fill("#prompt", "the boat")
     page.press("#prompt", "Enter")
@@ -114,12 +172,33 @@ def test_the_keyboard_alone_reaches_every_view(page):
         page.keyboard.press("ArrowRight")
         page.wait_for_selector(f"#{name}:visible")
         assert page.evaluate("document.activeElement.id") == f"tab-{name}"
-    page.click("#tab-attention")
-    page.focus("#heat td[tabindex='0'] >> nth=2")
+    for _ in range(2):
+        page.keyboard.press("ArrowRight")
+    page.wait_for_selector("#heat td >> nth=2")
+    until(page, "Tab", "document.activeElement.dataset.at === '2,2'")
     page.keyboard.press("ArrowLeft")
-    assert "reads" in page.evaluate("document.activeElement.getAttribute('aria-label')")
+    label = page.evaluate("document.activeElement.getAttribute('aria-label')")
+    assert "reads" in label
     page.keyboard.press("Enter")
-    page.wait_for_selector("#sum:has-text('q·k')")
+    reader = label.split(" reads ")[0]
+    page.wait_for_selector(f"#sum:has-text('“{reader}” reads')")
+    until(page, "Shift+Tab", "document.activeElement.id === 'tab-attention'")
+    for _ in range(3):
+        page.keyboard.press("ArrowRight")
+    until(page, "Tab", "document.activeElement.id === 'said'")
+    page.keyboard.type("the boat")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".turn >> nth=1")
+    page.wait_for_selector("#stop[disabled]")
+
+
+def until(page, key, there):
+    """Press a key until the focus is there."""
+    for _ in range(80):
+        if page.evaluate(there):
+            return
+        page.keyboard.press(key)
+    raise AssertionError(f"{key} does not lead to {there}")
 
 
 def test_a_narrow_screen_is_not_scrolled_sideways_and_dark_is_dark(page):

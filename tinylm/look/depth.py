@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from scipy.special import log_softmax
 
 from tinylm.look.tuned import Maps
-from tinylm.model.capture import Insides, lens
+from tinylm.model.capture import Insides, filled, lens
 from tinylm.model.decoder import ModelConfig, Params
 
 
@@ -33,7 +33,8 @@ def depth(config: ModelConfig, params: Params, inside: Insides, k: int = 5,
     answer = final.argmax(-1)
     found = []
     for stream in maps(inside.stream) if maps else inside.stream:
-        said = log_softmax(np.asarray(lens(config, params, stream), np.float64), axis=-1)
+        logits = lens(config, params, filled(stream, config.T))[: len(stream)]
+        said = log_softmax(np.asarray(logits, np.float64), axis=-1)
         best = np.argsort(-said, axis=-1, kind="stable")[:, :k]
         rank = (said > np.take_along_axis(said, answer[:, None], 1)).sum(-1)
         found.append((best, np.exp(np.take_along_axis(said, best, 1)), rank, (rank == 0).mean(),

@@ -4,12 +4,12 @@ import functools
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from scipy.special import softmax
 
 from tinylm.config import BadInput
 from tinylm.model.baselines import NGram
+from tinylm.model.capture import filled
 from tinylm.model.decoder import ModelConfig, Params, rebuild
 
 
@@ -32,7 +32,8 @@ def predicted(config: ModelConfig, params: Params, ids: np.ndarray, k: int) -> l
     if not 1 <= len(ids) <= config.T:
         raise BadInput(f"the text has {len(ids)} tokens and the context of the model T={config.T}; "
                        f"give 1 to {config.T}")
-    logits = _forward(config, params, jnp.asarray(ids, jnp.int32)[None])[0, -1]
+    tokens = filled(np.asarray(ids, np.int32), config.T)
+    logits = _forward(config, params, tokens[None])[0, len(ids) - 1]
     p = softmax(np.asarray(logits, np.float64))
     return [Next(int(i), float(p[i])) for i in np.argsort(-p, kind="stable")[:k]]
 

@@ -10,12 +10,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Integer
+from jaxtyping import Array, Float, Integer, Shaped
 
 from tinylm.config import BadInput
 from tinylm.model.attention import weigh
 from tinylm.model.decoder import ModelConfig, Params, rebuild
 from tinylm.model.embedding import rotation
+
+LENGTHS = 16
+"""tokens of a text, rounded up to a multiple"""
 
 
 class Insides(NamedTuple):
@@ -35,7 +38,20 @@ def capture(config: ModelConfig, params: Params, tokens: Integer[np.ndarray, "T"
     if config.kind != "transformer" or not 1 <= len(tokens) <= config.T:
         raise BadInput(f"{len(tokens)} tokens through a {config.kind} model with context "
                        f"T={config.T}; give a transformer 1 to {config.T} tokens")
-    return _capture(config, params, jnp.asarray(tokens, jnp.int32))
+    n = len(tokens)
+    found = _capture(config, params, filled(np.asarray(tokens, np.int32), config.T))
+    return Insides(found.q[:, :n], found.k[:, :, :n], found.v[:, :, :n],
+                   found.weights[:, :, :n, :n], found.stream[:, :n], found.logits[:n])
+
+
+def filled(rows: Shaped[np.ndarray, "T ..."] | Shaped[Array, "T ..."],
+           most: int) -> Shaped[Array, "T1 ..."]:
+    """Fill rows up with zeros to a multiple of LENGTHS, or `most`: few lengths, few programs.
+
+    What is causal says the same of the rows that were given.
+    """
+    room = min(most, -(-len(rows) // LENGTHS) * LENGTHS)
+    return jnp.pad(jnp.asarray(rows), [(0, room - len(rows)), *[(0, 0)] * (rows.ndim - 1)])
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import numpy as np
+from starlette.exceptions import HTTPException
 from starlette.requests import Request as Http
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -26,6 +27,8 @@ LARGEST = 1_000_000
 """bytes of a request's body"""
 PATIENCE = 10.0
 """seconds in which a body must arrive"""
+SEEDS = 2**32 - 16
+"""the engine's seeds, so that those of a request's choices are below 2 to the 32nd"""
 TOO_LARGE = Refused("", f"the body has more than {LARGEST} bytes; send less", "too_large", 413)
 
 
@@ -45,11 +48,11 @@ async def listed(engine: Engine, http: Http) -> Response:
             for name, model in engine.models.items()]
     if (name := http.path_params.get("name")) is None:
         return JSONResponse({"object": "list", "data": rows})
-    for row in rows:
-        if row["id"] == name:
-            return JSONResponse(row)
-    return refusal(Refused("model", f"no model {name!r} here; /v1/models names them",
-                           "model_not_found", 404))
+    try:
+        found = chosen(engine, name)
+    except Refused as refused:
+        return refusal(refused)
+    return JSONResponse(rows[list(engine.models).index(found.name)])
 
 
 async def answered(engine: Engine, chat: bool, http: Http) -> Response:
@@ -57,12 +60,9 @@ async def answered(engine: Engine, chat: bool, http: Http) -> Response:
     try:
         body = await body_of(http)
         want = asked.dials(body, chat)
-        model = engine.models.get(want.model)
-        if model is None:
-            raise Refused("model", f"no model {want.model!r} here; /v1/models names them",
-                          "model_not_found", 404)
-        given = [talk(model, asked.messages(body))] if chat else [
-            np.concatenate([[BOS], model.tokenizer.encode(p)]) for p in asked.prompts(body)]
+        model = chosen(engine, want.model)
+        said = asked.messages(body) if chat else asked.prompts(body)
+        given = await asyncio.to_thread(read_in, model, said, chat)
         asking = Asking(engine, model, want, given, chat)
     except BadInput as refused:
         return refusal(refused)
@@ -72,6 +72,14 @@ async def answered(engine: Engine, chat: bool, http: Http) -> Response:
         return JSONResponse(await asking.whole(http))
     except Exception as fault:
         return refusal(Refused("", f"the model failed: {fault}", "server_error", 500))
+
+
+def chosen(engine: Engine, name: Any) -> Model:
+    """Give the model of that name."""
+    if not isinstance(name, str) or name not in engine.models:
+        raise Refused("model", f"no model {name!r} here; /v1/models names them", "model_not_found",
+                      404)
+    return engine.models[name]
 
 
 async def body_of(http: Http) -> dict[str, Any]:
@@ -86,6 +94,8 @@ async def body_of(http: Http) -> dict[str, Any]:
                 if len(data) > LARGEST:
                     raise TOO_LARGE
         found = json.loads(bytes(data).decode())
+        if b"\\u" in data:  # half of a character alone can be written so, and nowhere else
+            json.dumps(found, ensure_ascii=False).encode()
     except TimeoutError:
         raise Refused("", f"the body did not arrive within {PATIENCE:g} s", "timeout", 408
                       ) from None
@@ -105,11 +115,32 @@ def refusal(why: BadInput) -> JSONResponse:
                                    "code": code}}, status)
 
 
+def read_in(model: Model, said: Sequence[Any], chat: bool) -> list[np.ndarray]:
+    """Turn a talk, or prompts, into ids; what cannot fit the context is not cut into tokens."""
+    most = int((model.config.T - 1) * model.tokenizer.lengths.max())
+    for size in ([sum(len(text.encode()) for _, text in said)] if chat else
+                 [len(text.encode()) for text in said]):
+        if size > most:
+            raise Refused("messages" if chat else "prompt",
+                          f"{size} bytes do not fit the context of {model.name}, "
+                          f"T={model.config.T} tokens of {most} bytes at most; send less",
+                          "context_length_exceeded")
+    return [talk(model, said)] if chat else [
+        np.concatenate([[BOS], model.tokenizer.encode(text)]) for text in said]
+
+
+async def missing(http: Http, why: Exception) -> Response:
+    """Say that a path, or a method of it, is not there, as OpenAI's clients read it."""
+    assert isinstance(why, HTTPException)
+    return refusal(Refused("", f"{http.method} {http.url.path}: {why.detail}", None,
+                           why.status_code))
+
+
 def talk(model: Model, messages: Sequence[tuple[str, str]]) -> np.ndarray:
     """Render a talk: by the template for a tuned model, as plain lines for a base model."""
     if model.tuned:
         return render(messages, model.tokenizer, prompt=True)[0]
-    if messages[0][0] == "system":
+    if "system" in (role for role, _ in messages):
         raise Refused("messages", f"{model.name} is a base model and knows no system prompt; leave "
                                   "it out or ask a tuned model")
     text = "\n".join(said for _, said in messages) + "\n"
@@ -125,7 +156,7 @@ class Asking:
         self.id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex[:24]}"
         self.created = int(time.time())
         loop, self.news = asyncio.get_running_loop(), asyncio.Queue()
-        seed = random.getrandbits(31) if want.seed is None else want.seed
+        seed = random.getrandbits(31) if want.seed is None else want.seed % SEEDS
         reader = (functools.partial(read, tokenizer=model.tokenizer) if chat and model.tuned
                   else model.tokenizer.decode)
         self.answers, self.requests, self.logprobs = [], [], []
@@ -225,7 +256,7 @@ class Asking:
         if self.chat:
             return {"content": rows, "refusal": None}
         return {"tokens": [r["token"] for r in rows],
-                "token_logprobs": [r["logprob"] for r in rows], "text_offset": [],
+                "token_logprobs": [r["logprob"] for r in rows],
                 "top_logprobs": [{t["token"]: t["logprob"] for t in r["top_logprobs"]}
                                  for r in rows]}
 

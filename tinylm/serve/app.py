@@ -1,13 +1,18 @@
 """The web application: the endpoint and the page behind checks of Host, Origin and size."""
 
+import asyncio
 from collections.abc import Iterable
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import h11
+import uvicorn
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tinylm.serve import api, page
 from tinylm.serve.engine import Engine
@@ -26,8 +31,44 @@ def application(engine: Engine, hosts: Iterable[str] = (),
 
     What a person ranks is appended to the file `rankings`.
     """
-    inner = Starlette(routes=[*api.routes(engine), *page.routes(engine, rankings)])
+    inner = Starlette(routes=[*api.routes(engine), *page.routes(engine, rankings)],
+                      exception_handlers={HTTPException: api.missing})
     return Guard(inner, {*LOOPBACK, *hosts})
+
+
+def server(app: ASGIApp, log_level: str = "warning") -> uvicorn.Server:
+    """Build the server of an application, bounded in connections and in time."""
+    return uvicorn.Server(uvicorn.Config(
+        app, http=Patient, log_level=log_level, access_log=False, timeout_keep_alive=10,
+        limit_concurrency=512, server_header=False))
+
+
+class Patient(H11Protocol):
+    """A connection that is closed where a request's head is not whole within PATIENCE."""
+
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        """Wait for the first request."""
+        super().connection_made(transport)
+        self._wait(True)
+
+    def data_received(self, data: bytes) -> None:
+        """Read on; a head that has begun, of the first request or a later one, is waited for."""
+        super().data_received(data)
+        self._wait(self.conn.their_state is h11.IDLE)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Wait no more."""
+        self._wait(False)
+        super().connection_lost(exc)
+
+    def _wait(self, on: bool) -> None:
+        if on and self._late is None:
+            self._late = self.loop.call_later(api.PATIENCE, self.transport.close)
+        elif not on and self._late is not None:
+            self._late.cancel()
+            self._late = None
 
 
 class Guard:
@@ -43,10 +84,10 @@ class Guard:
             return
         headers = Request(scope).headers
         host, origin = headers.get("host", ""), headers.get("origin")
-        if _name(f"//{host}") not in self.hosts:
+        if _split(f"//{host}")[1] not in self.hosts:
             await PlainTextResponse("this server has another name", 421)(scope, receive, send)
             return
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and _split(origin)[0] != host:
             await PlainTextResponse("asked by another site", 403)(scope, receive, send)
             return
 
@@ -59,8 +100,10 @@ class Guard:
         await self.inner(scope, receive, bound)
 
 
-def _name(url: str) -> str:
+def _split(url: str) -> tuple[str, str]:
+    """Give a URL's host with and without its port; nothing for what is no URL."""
     try:
-        return urlsplit(url).hostname or ""
+        found = urlsplit(url)
+        return found.netloc, found.hostname or ""
     except ValueError:
-        return ""
+        return "", ""

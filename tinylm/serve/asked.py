@@ -5,9 +5,13 @@ from typing import Any
 
 from tinylm.config import BadInput
 
-IGNORED = ("user", "metadata", "store", "logit_bias", "frequency_penalty", "presence_penalty",
-           "service_tier", "parallel_tool_calls")
-"""fields that may come with their defaults or change nothing here"""
+UNUSED = {"logit_bias": ({},), "frequency_penalty": (0,), "presence_penalty": (0,),
+          "store": (False,), "metadata": ({},), "service_tier": ("auto", "default"),
+          "parallel_tool_calls": (False, True), "tools": ([],), "tool_choice": ("none", "auto"),
+          "response_format": ({"type": "text"},), "echo": (False,), "suffix": ("",),
+          "best_of": (1,), "user": (), "safety_identifier": (), "prompt_cache_key": ()}
+"""fields that clients send and that change nothing here, with the values that may come besides
+null; none: any text"""
 CHAT = ("messages", "max_completion_tokens", "top_logprobs")
 COMPLETION = ("prompt",)
 BOTH = ("model", "max_tokens", "temperature", "top_p", "n", "stream", "stream_options", "seed",
@@ -43,27 +47,37 @@ def dials(body: dict[str, Any], chat: bool) -> Dials:
     """Read the common fields of a request."""
     known = (*BOTH, *(CHAT if chat else COMPLETION))
     for name, value in body.items():
-        if name not in known and not (name in IGNORED and value in (None, 0, {}, [], False, True)
-                                      or name == "user"):
+        if name not in known and not _unused(name, value):
             raise Refused(name, f"{name} is not supported here; leave it out", "unsupported")
     top = body.get("top_logprobs" if chat else "logprobs")
-    given = bool(body.get("logprobs")) if chat else top is not None
+    given = _flag(body, "logprobs") if chat else top is not None
+    if top is not None and not given:
+        raise Refused("top_logprobs", "top_logprobs is given with logprobs true only")
     stops = body.get("stop")
     stops = [] if stops is None else [stops] if isinstance(stops, str) else stops
     if (not isinstance(stops, list) or len(stops) > 4
             or not all(isinstance(s, str) and 0 < len(s) <= 100 for s in stops)):
         raise Refused("stop", "stop is a string of 1 to 100 characters, or up to four of them")
     options = body.get("stream_options") or {}
-    if not isinstance(options, dict):
-        raise Refused("stream_options", "stream_options is an object")
+    if not isinstance(options, dict) or set(options) - {"include_usage", "include_obfuscation"}:
+        raise Refused("stream_options", "stream_options is an object that holds include_usage")
     count = _number(body, "max_completion_tokens", int, 1, 1e6, None) if chat else None
     return Dials(_text(body, "model"), count or _number(body, "max_tokens", int, 1, 1e6, 10**6),
                  _number(body, "temperature", float, 0, 10, 0.8),
-                 _number(body, "top_p", float, 1e-6, 1, 1.0), _number(body, "n", int, 1, 16, 1),
-                 _flag(body, "stream"), bool(options.get("include_usage")),
-                 _number(body, "seed", int, 0, 2**32 - 17, None), tuple(stops),
+                 max(1e-6, _number(body, "top_p", float, 0, 1, 1.0)),
+                 _number(body, "n", int, 1, 16, 1),
+                 _flag(body, "stream"), _flag(options, "include_usage"),
+                 _number(body, "seed", int, -2**63, 2**63 - 1, None), tuple(stops),
                  None if not given else _number({"n": top}, "n", int, 0, 5, 0,
                                                 "top_logprobs" if chat else "logprobs"))
+
+
+def _unused(name: str, value: Any) -> bool:
+    """Say whether a field may come with this value and change nothing."""
+    kept = UNUSED.get(name)
+    return kept is not None and (value is None or (
+        any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in kept)
+        if kept else isinstance(value, str)))
 
 
 def messages(body: dict[str, Any]) -> list[tuple[str, str]]:
@@ -109,7 +123,7 @@ def _text(body: dict[str, Any], name: str) -> str:
 
 
 def _flag(body: dict[str, Any], name: str) -> bool:
-    if body.get(name) not in (None, True, False):
+    if not isinstance(body.get(name), bool | None):
         raise Refused(name, f"{name} is true or false")
     return bool(body.get(name))
 

@@ -8,6 +8,7 @@ and text. Each hears of its tokens through a callback that must not block.
 """
 
 import functools
+import itertools
 import logging
 import queue
 import threading
@@ -109,14 +110,19 @@ class Engine:
         self.models = models
         self._asked: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, daemon=True)
+        self._preparing: threading.Thread | None = None
+        self._closed = threading.Event()
 
     def __enter__(self) -> "Engine":
         self._thread.start()
         return self
 
     def __exit__(self, *fault: object) -> None:
+        self._closed.set()
         self._asked.put(None)
         self._thread.join()
+        if self._preparing:
+            self._preparing.join()
 
     def warm(self) -> None:
         """Answer a first request of every model, so that a client does not wait for XLA."""
@@ -125,6 +131,23 @@ class Engine:
             self.ask(Request(name, np.ones(1, np.int32), EVERY, 1.0, 1.0, 0, said.put, False))
             while isinstance(said.get(), Part):
                 pass
+
+    def prepare(self) -> None:
+        """Compile, on a thread of its own, what batches of other sizes will need.
+
+        A stream does not then wait for a program that a request beside it needs first.
+        """
+        def every() -> None:
+            for model, size in itertools.product(self.models.values(), SIZES):
+                for width in _widths(model.config.T):
+                    if not self._closed.is_set():
+                        _rehearse(model, 0, size, min(width, model.config.T - 1))
+                for joining in SIZES[: SIZES.index(size)]:
+                    if not self._closed.is_set():
+                        _rehearse(model, size - joining, joining, 1)
+
+        self._preparing = threading.Thread(target=every, daemon=True)
+        self._preparing.start()
 
     def ask(self, request: Request) -> None:
         """Take a request of 1 to T - 1 ids; BadInput for one that does not fit."""
@@ -213,7 +236,7 @@ class Batch:
         """Read the prompts, padded to a quarter of the context or all of it, and seat them."""
         c, longest, size = self.model.config, max(len(r.ids) for r in requests), _size(requests)
         filled = requests + requests[-1:] * (size - len(requests))
-        width = -(-longest // generate.BUCKET) * generate.BUCKET if longest <= c.T // 4 else c.T
+        width = next(width for width in _widths(c.T) if longest <= width)
         state = generate.prefill(c, self.model.params, [r.ids for r in filled], width)
         if self.rows is None:
             self.rows, self.seats = _blank(state, size), [None] * size
@@ -264,6 +287,28 @@ class Batch:
                 request.held.clear()
             if last:
                 self._end(request, None)
+
+
+def _rehearse(model: Model, seated: int, joining: int, length: int) -> None:
+    """Answer dummies of so many ids: some are seated when the others come, if any are to be.
+
+    Long ones ask for the likeliest tokens too.
+    """
+    batch, T = Batch(model), model.config.T
+    for count in filter(None, (seated, joining)):
+        batch.waiting = [Request(model.name, np.ones(length, np.int32), T - length, 1.0, 1.0, 0,
+                                 lambda part: None, length > 1) for _ in range(count)]
+        batch.turn()
+    for request in batch.live:
+        request.cancelled = True
+    while not batch.idle:
+        batch.turn()
+
+
+def _widths(T: int) -> list[int]:
+    """Give the lengths that prompts are padded to: up to a quarter of the context, or all of it."""
+    step = generate.BUCKET
+    return [*(width for width in range(step, max(T // 4, step) + 1, step) if width < T), T]
 
 
 def _size(requests: Sequence[Request]) -> int:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import functools
 import json
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -23,15 +24,17 @@ from tinylm.look.study import Study
 from tinylm.model.baselines import NGram
 from tinylm.model.capture import Insides, capture
 from tinylm.model.decoder import ModelConfig, Params
-from tinylm.serve.api import body_of, refusal
+from tinylm.serve.api import body_of, chosen, refusal
 from tinylm.serve.asked import Refused
 from tinylm.serve.engine import Engine, Model
 from tinylm.text import shards
-from tinylm.text.tokenizer import BOS
+from tinylm.text.tokenizer import BOS, FIRST
 from tinylm.train import checkpoint, run
 
 STATIC = Path(__file__).parent / "static"
 LOCK, COUNTING = threading.Lock(), threading.Lock()
+SEEN = 48
+"""tokens of a text that are drawn, the first id included: what a screen shows"""
 LONGEST = 20_000
 """characters that a tab takes"""
 
@@ -50,9 +53,7 @@ async def _shown(engine: Engine, view: Callable[[Model, dict[str, Any]], Any],
                  http: Http) -> Response:
     try:
         body = await body_of(http)
-        model = engine.models.get(body.get("model"))
-        if model is None:
-            raise Refused("model", f"no model {body.get('model')!r} here", "model_not_found", 404)
+        model = chosen(engine, body.get("model"))
         if not isinstance(body.get("text"), str) or len(body["text"]) > LONGEST:
             raise Refused("text", f"text is a text of at most {LONGEST} characters")
         return JSONResponse(await asyncio.to_thread(view, model, body))
@@ -63,25 +64,28 @@ async def _shown(engine: Engine, view: Callable[[Model, dict[str, Any]], Any],
 def cut(model: Model, body: dict[str, Any]) -> dict[str, Any]:
     """Cut a text into pieces, and its first words by the merges that built them."""
     found = tokens.pieces(model.tokenizer, model.tokenizer.encode(body["text"]))
-    words = list(dict.fromkeys(body["text"][:400].split()))[:6]
+    words = list(dict.fromkeys(re.findall(r"\s?\S+", body["text"][:400])))[:6]
     return {"pieces": [piece._asdict() for piece in found], "V": model.tokenizer.V,
             "bytes": len(body["text"].encode("utf-8", "surrogatepass")),
-            "merges": {word: [[shown(p) for p in step]
-                              for step in model.tokenizer.merges(f" {word[:40]}")]
-                       for word in words}}
+            "merges": [{"word": word.strip(), "steps": [
+                [shown(p) for p in step] for step in model.tokenizer.merges(word[:41])]}
+                for word in words]}
 
 
 def following(model: Model, body: dict[str, Any]) -> dict[str, Any]:
     """Give the ten likeliest next tokens: by the model, by position weights, by counts."""
-    ids = _ids(model, body["text"])
+    said = model.tokenizer.encode(body["text"])
+    ids = np.concatenate([[BOS], said[-model.config.T + 2:]])
     found = {f"transformer, D={model.config.D}": next_word.predicted(
         model.config, model.params, ids, 10)}
     if other := _position_weights(model.folder.resolve().parent / "position", model.tokenizer.id):
         found["position weights"] = next_word.predicted(*other, ids[-other[0].T:], 10)
     if model.tokens:
         found["bigram, by counts"] = next_word.counted(_bigram(model.tokens), ids, 10)
-    return {"next": [{"name": name, "likeliest": [
-        {**one._asdict(), "text": shown(model.tokenizer.piece(one.id))} for one in likeliest]}
+    return {"cut": _cut(len(ids), len(said)), "next": [{"name": name, "likeliest": [
+        {**one._asdict(), "text": shown(model.tokenizer.piece(one.id)),
+         "adds": model.tokenizer.decode([one.id]) if one.id >= FIRST else ""}
+        for one in likeliest]}
         for name, likeliest in found.items()]}
 
 
@@ -109,7 +113,7 @@ def _position_weights(folder: Path, tokenizer: str) -> tuple[ModelConfig, Params
 
 def attention(model: Model, body: dict[str, Any]) -> dict[str, Any]:
     """Give every head's weights, and one weight worked out where `pair` names it."""
-    inside, words = _captured(model, body["text"])
+    inside, words, cut = _captured(model, body["text"])
     pair = body.get("pair")
     if pair is None:
         pair = heads.sharpest(inside)
@@ -120,18 +124,18 @@ def attention(model: Model, body: dict[str, Any]) -> dict[str, Any]:
         raise Refused("pair", "pair is layer, head, reading and read token, from 0, of "
                               f"{L} layers, {H} heads and {T} tokens")
     one = heads.worked(inside, *pair)
-    return {"words": words, "weights": np.round(np.asarray(inside.weights, float), 4).tolist(),
-            "pair": list(pair), "worked": {k: np.round(v, 4).tolist()
-                                           for k, v in one._asdict().items()}}
+    return {"words": words, "cut": cut,
+            "weights": np.round(np.asarray(inside.weights, float), 4).tolist(), "pair": list(pair),
+            "worked": {k: np.round(v, 4).tolist() for k, v in one._asdict().items()}}
 
 
 def layers(model: Model, body: dict[str, Any]) -> dict[str, Any]:
     """Give the likeliest next tokens after each layer."""
-    inside, words = _captured(model, body["text"])
+    inside, words, cut = _captured(model, body["text"])
     found = depth.depth(model.config, model.params, inside, 3)
     names = [[[shown(model.tokenizer.piece(int(i))) for i in one] for one in row]
              for row in found.ids]
-    return {"words": words, "names": names, "p": np.round(found.p, 4).tolist(),
+    return {"words": words, "cut": cut, "names": names, "p": np.round(found.p, 4).tolist(),
             "rank": found.rank.tolist(), "agree": found.agree.tolist(),
             "nats": np.round(found.nats, 4).tolist(), "settled": depth.settled(found).tolist()}
 
@@ -149,8 +153,13 @@ def law(model: Model, body: dict[str, Any]) -> dict[str, Any]:
 
 
 def rank(rankings: Path | None, model: Model, body: dict[str, Any]) -> dict[str, Any]:
-    """Append two to four answers, best first, to the file that `tinylm reward --data` reads."""
+    """Append two to four answers, best first, to the file that `tinylm reward --data` reads.
+
+    Without answers, say which file that is.
+    """
     said = body.get("responses")
+    if "responses" not in body:
+        return {"keeps": str(rankings or "")}
     if rankings is None:
         raise Refused("responses", "this server keeps no rankings; start it with --rankings FILE")
     if (not isinstance(said, list) or not 2 <= len(said) <= 4
@@ -170,12 +179,13 @@ def rank(rankings: Path | None, model: Model, body: dict[str, Any]) -> dict[str,
     return {"kept": str(rankings)}
 
 
-def _ids(model: Model, text: str) -> np.ndarray:
-    """Give the last ids of a text that leave a token of the context, behind the first id."""
-    return np.concatenate([[BOS], model.tokenizer.encode(text)[-model.config.T + 2:]])
-
-
-def _captured(model: Model, text: str) -> tuple[Insides, list[str]]:
-    ids = _ids(model, text)[:48]
+def _captured(model: Model, text: str) -> tuple[Insides, list[str], str]:
+    said = model.tokenizer.encode(text)
+    ids = np.concatenate([[BOS], said[-min(SEEN, model.config.T) + 1:]])
     return (capture(model.config, model.params, ids),
-            [shown(model.tokenizer.piece(int(i))) for i in ids])
+            [shown(model.tokenizer.piece(int(i))) for i in ids], _cut(len(ids), len(said)))
+
+
+def _cut(read: int, said: int) -> str:
+    """Say what of a long text was read, the first id not counted; nothing if all of it was."""
+    return f"the last {read - 1} of {said} tokens" if read <= said else ""

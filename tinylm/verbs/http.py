@@ -27,9 +27,7 @@ def serve(runs: Positional[tuple[Path, ...]], host: str = "127.0.0.1", port: int
     """
     require("port", port, 0, 65535)
     try:
-        import uvicorn
-
-        from tinylm.serve.app import application
+        from tinylm.serve.app import application, server
         from tinylm.serve.engine import Engine
     except ImportError as missing:
         raise BadInput(f"{missing.name} is not installed; pip install 'tinylm[serve]'") from None
@@ -40,9 +38,8 @@ def serve(runs: Positional[tuple[Path, ...]], host: str = "127.0.0.1", port: int
         at = bound.getsockname()[1]
         print(f"http://{'[' + host + ']' if ':' in host else host}:{at}/ and /v1: "
               + ", ".join(served), flush=True)
-        uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False,
-                                      timeout_keep_alive=10, limit_concurrency=512,
-                                      server_header=False)).run(sockets=[bound])
+        engine.prepare()
+        server(app).run(sockets=[bound])
 
 
 def _opened(runs: tuple[Path, ...], text: Path | None) -> dict:

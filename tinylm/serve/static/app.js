@@ -9,7 +9,7 @@ const make = (tag, text = "", kind = "") => {
 };
 const TABS = ["tokens", "next", "attention", "layers", "law", "chat", "rank"];
 const TEXT = ["tokens", "next", "attention", "layers"];  // the views of the text
-let tab = "tokens", asked = 0, models = [], inside = null, talk = [], stopping = null;
+let tab = "tokens", asked = 0, models = [], inside = null, talk = [], stopping = null, typed = 0;
 
 async function post(path, body, signal) {
   const answer = await fetch(path, {
@@ -34,29 +34,34 @@ function choose(name, focus) {
     $(one).hidden = one !== name;
   }
   if (focus) $("tab-" + name).focus();
-  $("read").hidden = !TEXT.includes(name);
+  $("read").hidden = $("cut").hidden = !TEXT.includes(name);
   history.replaceState(null, "", "#" + name);
   look();
 }
 
 async function look() {
-  if (tab === "chat" || tab === "rank") return;
+  clearTimeout(typed);
+  if (tab === "rank") return keeps();
+  if (tab === "chat") return;
   const mine = ++asked, view = tab;
+  $(view).setAttribute("aria-busy", true);
   try {
     const found = await (await post("look/" + view, {model: $("model").value, text: $("text").value})).json();
     if (mine !== asked) return;
     fault();
+    $("cut").textContent = found.cut ? `This view reads ${found.cut}.` : "";
     ({tokens: showTokens, next: showNext, attention: showAttention, layers: showLayers, law: showLaw})[view](found);
   } catch (error) {
     if (mine === asked) fault(error);
   }
+  if (mine === asked) for (const one of TABS) $(one).removeAttribute("aria-busy");
 }
 
 function showTokens(found) {
   $("pieces").replaceChildren(...found.pieces.flatMap((piece, n) =>
     [make("span", piece.text, "c" + (n % 4)), make("small", piece.id)]));
   $("counted").textContent = `${found.bytes} bytes, ${found.pieces.length} tokens of a vocabulary of ${found.V}`;
-  $("merges").replaceChildren(...Object.entries(found.merges).map(([word, steps]) => {
+  $("merges").replaceChildren(...found.merges.map(({word, steps}) => {
     const box = make("details");
     box.append(make("summary", `how “${word}” was built: ${steps.length - 1} merges`),
       ...steps.map((step) => make("div", step.join(" | "))));
@@ -72,9 +77,10 @@ function showNext(found) {
       const button = make("button", `${one.text}  ${(100 * one.p).toFixed(1)}%${times}`);
       button.style.backgroundImage = `linear-gradient(90deg, #56b4e966 ${100 * one.p}%, transparent 0)`;
       button.onclick = () => {
-        $("text").value += one.text.replaceAll("·", " ").replaceAll("↵", "\n");
+        $("text").value += one.adds;
         look();
       };
+      button.disabled = !one.adds;  // part of a character, or the end
       row.append(button);
       return row;
     }));
@@ -158,8 +164,9 @@ function worked() {
 
 function showLayers(found) {
   const head = make("tr");
+  const depth = (l) => l ? "layer " + l : "embedding";
   head.append(make("th", "token"), ...found.agree.map((agree, l) =>
-    make("th", `${l ? "layer " + l : "embedding"}, ${Math.round(100 * agree)}% agree`)));
+    make("th", `${depth(l)}, ${Math.round(100 * agree)}% agree`)), make("th", "first says its answer, and stays"));
   $("depths").replaceChildren(head, ...found.words.map((word, t) => {
     const row = make("tr");
     row.append(make("th", word), ...found.names.map((names, l) => {
@@ -168,7 +175,7 @@ function showLayers(found) {
       cell.style.background = shade(p / 2);
       cell.title = names[t].map((name, n) => `${name} ${(100 * found.p[l][t][n]).toFixed(1)}%`).join("  ");
       return cell;
-    }));
+    }), make("td", depth(found.settled[t])));
     return row;
   }));
 }
@@ -207,6 +214,16 @@ async function answers(event) {
     fault();
   } catch (error) {
     $("kept").textContent = "";
+    fault(error);
+  }
+}
+
+async function keeps() {
+  try {
+    const {keeps} = await (await post("look/rank", {model: $("model").value, text: ""})).json();
+    $("kept").textContent = keeps ? `rankings go to ${keeps}`
+      : "this server keeps no rankings; start it with --rankings FILE";
+  } catch (error) {
     fault(error);
   }
 }
@@ -253,7 +270,8 @@ async function send(event) {
   const said = $("said").value.trim();
   if (!said || stopping) return;
   $("said").value = "";
-  talk.push({said});
+  const mine = talk;  // a new talk may begin while this answer comes
+  mine.push({said});
   const names = [...new Set([$("model").value, $("beside").value].filter(Boolean))];
   const turn = {by: true, said: {}};
   const boxes = names.map((name) => {
@@ -261,11 +279,12 @@ async function send(event) {
     box.append(make("div", said, "turn user"), make("div", "", "turn"));
     return box.lastChild;
   });
-  stopping = new AbortController();
+  const stop = stopping = new AbortController();
   $("stop").disabled = false;
-  const ended = await Promise.allSettled(names.map((name, n) => answer(name, boxes[n], stopping.signal)));
+  const ended = await Promise.allSettled(names.map((name, n) => answer(name, boxes[n], stop.signal)));
   names.forEach((name, n) => { turn.said[name] = boxes[n].textContent; });
-  talk.push(turn);
+  mine.push(turn);
+  if (stopping !== stop) return;
   stopping = null;
   $("stop").disabled = true;
   const failed = ended.find((one) => one.status === "rejected" && one.reason.name !== "AbortError");
@@ -288,7 +307,10 @@ $("tabs").onkeydown = (event) => {
   if (step) choose(TABS[(TABS.indexOf(tab) + step + TABS.length) % TABS.length], true);
 };
 TABS.forEach((name) => { $("tab-" + name).onclick = () => choose(name); });
-$("text").oninput = look;
+$("text").oninput = () => {
+  clearTimeout(typed);
+  typed = setTimeout(look, tab === "tokens" ? 0 : 250);
+};
 $("model").onchange = look;
 $("layer").onchange = $("head").onchange = () => {
   const t = inside.words.length - 1;
@@ -299,7 +321,14 @@ $("answer").onsubmit = answers;
 $("keep").onclick = keep;
 $("ask").onsubmit = send;
 $("stop").onclick = () => stopping?.abort();
-$("fresh").onclick = () => { talk = []; $("talks").replaceChildren(); fault(); };
+$("fresh").onclick = () => {
+  stopping?.abort();
+  stopping = null;
+  talk = [];
+  $("stop").disabled = true;
+  $("talks").replaceChildren();
+  fault();
+};
 
 fetch("v1/models").then((answer) => answer.json()).then((found) => {
   models = found.data;
