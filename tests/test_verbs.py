@@ -77,7 +77,9 @@ def test_base_and_tuned_answers_are_shown_in_their_tokens_system_prompt_on_and_o
     shown = done.stdout.split("answers")[2].splitlines()[1]
     assert plain[:4] and plain[0] in shown
     wrong = tinylm("look", "heads", folder / "run", "--system", "x")
-    assert wrong.returncode == 2 and "a system prompt is for chat" in wrong.stderr
+    assert wrong.returncode == 2 and "it is for chat" in wrong.stderr
+    dropped = tinylm("look", "chat", folder / "run", "--system", "x")
+    assert dropped.returncode == 2 and "a base model knows no system prompt" in dropped.stderr
 
 
 def test_a_slim_copy_speaks_is_verified_and_tuned_from_as_the_run_is(trained, tmp_path):
@@ -106,7 +108,8 @@ def test_a_slim_copy_speaks_is_verified_and_tuned_from_as_the_run_is(trained, tm
 def test_every_view_of_a_run_is_shown(trained, tmp_path, view, says):
     folder, _, record = trained
     picture = () if view in ("tokens", "next") else ("--out", tmp_path / "view.svg")
-    done = tinylm("look", view, folder / "run", "--text", "the boat", *picture)
+    text = () if view in ("heads", "growth") else ("--text", "the boat")
+    done = tinylm("look", view, folder / "run", *text, *picture)
     assert done.returncode == 0, done.stderr
     assert says in done.stdout and (not picture or "<svg" in (tmp_path / "view.svg").read_text())
     if view == "growth":
@@ -173,7 +176,11 @@ def test_a_tuned_lens_is_fitted_once_read_by_look_and_only_with_its_own_run(trai
 @pytest.mark.parametrize("args, words", [
     (("tokens", "--out", "t.svg"), "tokens cannot be written so"),
     (("heads", "--out", "t.gif"), "give .html, or .svg or .png"),
-    (("heads", "--lens", "l"), "a lens is for layers"),
+    (("heads", "--lens", "l"), "it is for layers"),
+    (("tokens", "--pair", 0, 0), "--pair with tokens: it is for attention"),
+    (("growth", "--text", "x"), "--text with growth: it is for tokens, next"),
+    (("next", "--prepared", "gone"), "give the run's prepared folder with --text (look and lens"),
+    (("next", "--out", ""), "--out is empty"),
     (("attention", "--layer", 9, "--head", 1), "layer=9"),
     (("attention", "--layer", 1), "give both from 1, or neither"),
     (("attention", "--pair", 0, 1), "is not two token numbers"),
@@ -183,6 +190,14 @@ def test_a_view_that_cannot_be_is_refused_in_a_line(trained, args, words):
     folder, _, _ = trained
     done = tinylm("look", args[0], folder / "run", *args[1:])
     assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_no_text_is_looked_at_as_any_other(trained):
+    folder, _, _ = trained
+    for view, said in (("tokens", "0 characters, 0 bytes, 0 tokens"), ("next", "after “”"),
+                       ("attention", "<|bos|>")):
+        done = tinylm("look", view, folder / "run", "--text", "")
+        assert done.returncode == 0 and said in done.stdout, done.stderr
 
 
 def test_a_message_that_does_not_fit_is_refused_and_the_talk_goes_on(trained):

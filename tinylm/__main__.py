@@ -75,8 +75,10 @@ def arguments(parse: Callable[[], Any]) -> Any:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler)
     sys.argv[:] = map(_read, sys.argv)
+    look = sys.argv[1:2] == ["look"]  # whose --text is read, and may be empty
+    places = [place for place in PLACES if not (look and place == "--text")]
     for flag, after in itertools.pairwise([*sys.argv, "--"]):
-        if (flag in PLACES and not after) or flag in {f"{place}=" for place in PLACES}:
+        if (flag in places and not after) or flag in {f"{place}=" for place in places}:
             raise BadInput(f"{flag.rstrip('=')} is empty; name a place, . for this folder")
     for flag, after in itertools.pairwise([*sys.argv, "--"]):
         if flag in ("--corpus", "--data") and after.startswith("--"):

@@ -31,8 +31,10 @@ def opened(folder: Path, text: Path | None,
         raise BadInput(f"{folder} is a reward model and says nothing; give a run that speaks")
     link = files.read_json(folder / "environment.json").get("text", "")
     place = text or Path(os.path.normpath(folder.absolute() / link))
-    if not (place / "tokenizer").exists():
-        raise BadInput(f"{place} holds no tokenizer; give the run's prepared folder with --text")
+    for part in ("tokenizer", "tokens"):
+        if not (place / part).exists():
+            raise BadInput(f"{place} holds no {part}; give the run's prepared folder with --text "
+                           "(look and lens: --prepared)")
     data, learnt = prepare.open_text(place)
     if learnt.id != record["tokenizer_id"]:
         raise BadInput(f"{place} has tokenizer {learnt.id}, the run {record['tokenizer_id']}; "

@@ -31,6 +31,11 @@ from tinylm.train import checkpoint
 from tinylm.verbs import folders, models, talk
 
 TEXT = "The cat sat on the"
+K = 8
+READS = {"tokens": ("text",), "next": ("text", "beside", "k", "at"),
+         "attention": ("text", "layer", "head", "pair", "at"), "heads": ("at",),
+         "layers": ("text", "k", "at", "lens"), "growth": (), "chat": ("text", "beside", "system")}
+"""the options of each view"""
 LONGEST = 2000  # characters of the text whose words are built piece by piece
 WORD = 40  # and of one word
 FREQUENT = 20  # most frequent ids listed
@@ -39,7 +44,7 @@ FREQUENT = 20  # most frequent ids listed
 def look(view: Positional[Literal[
              "tokens", "next", "attention", "heads", "layers", "growth", "chat"]],
          target: Positional[Path], text: str = TEXT, beside: tuple[Path, ...] = (),
-         layer: int = 0, head: int = 0, pair: tuple[int, ...] = (), k: int = 8,
+         layer: int = 0, head: int = 0, pair: tuple[int, ...] = (), k: int = K,
          system: str = "", at: int = 0, lens: Path | None = None, prepared: Path | None = None,
          out: Path | None = None) -> None:
     """Look inside: tokens, next words, attention, heads, layers, growth, and answers in tokens.
@@ -59,15 +64,15 @@ def look(view: Positional[Literal[
         prepared: the prepared folder of the run, where it has moved
         out: write it too: .html, or its picture as .svg or .png
     """
+    given = {"text": text != TEXT, "beside": beside, "layer": layer, "head": head, "pair": pair,
+             "k": k != K, "system": system, "at": at, "lens": lens}
+    for name in given:
+        if given[name] and name not in READS[view]:
+            raise BadInput(f"--{name} with {view}: it is for " + ", ".join(
+                one for one in READS if name in READS[one]))
     require("k", k, 1, 1000)
     draw = {"tokens": _tokens, "next": _next, "attention": _attention, "heads": _heads,
             "layers": _layers, "growth": _growth, "chat": _chat}[view]
-    if lens and view != "layers":
-        raise BadInput(f"--lens {lens} with {view}: a lens is for layers")
-    if at and view in ("tokens", "growth", "chat"):
-        raise BadInput(f"--at {at} with {view}: a checkpoint is for next, attention, heads, layers")
-    if system and view != "chat":
-        raise BadInput(f"--system with {view}: a system prompt is for chat")
     require("at", at, 0, 1e9)
     if out and out.suffix != ".html" and (out.suffix not in (".svg", ".png")
                                           or view in ("tokens", "next", "chat")):
@@ -189,6 +194,9 @@ def _layers(target, text, k, at, fitted, prepared, **_):
 
 
 def _chat(target, text, beside, system, prepared, **_):
+    if system and not any(map(models.tuned, (target, *beside))):
+        raise BadInput(f"--system with {target}: a base model knows no system prompt; name a tuned "
+                       "run")
     for folder in (target, *beside):
         config, _, learnt = models.opened(folder, prepared)
         params, told = checkpoint.final_params(folder, config), models.tuned(folder)
@@ -206,9 +214,12 @@ def _growth(target, text, prepared, **_):
         rows = growth.history(config, target, folders.finished(target), data)
         terminal.show(terminal.growth(rows))
         return plots.growth(rows)
-    inside = target / "sweep" if (target / "sweep").is_dir() else target
-    places = {files.read_json(p)["id"]: p.parent for p in inside.rglob("record.json")}
-    rows = growth.ladder({places[r["id"]]: r for r in folders.records(target)})
+    if (target / "record.json").exists():
+        rows = growth.ladder({target: folders.finished(target)})
+    else:
+        inside = target / "sweep" if (target / "sweep").is_dir() else target
+        places = {files.read_json(p)["id"]: p.parent for p in inside.rglob("record.json")}
+        rows = growth.ladder({places[r["id"]]: r for r in folders.records(target)})
     if not rows:
         raise BadInput(f"{target} holds no run that came to a loss; give the folder of a sweep")
     terminal.show(terminal.growth(rows))
