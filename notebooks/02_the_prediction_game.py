@@ -61,7 +61,7 @@ told(next_word.counted(bigram, ids, 8))
 # The next model adds up one table for each distance: the last token votes, the one before it votes,
 # and so on. It knows what stands where, and nothing about what stands together.
 
-# %%
+# %% tags=["computed"]
 place = next((p.parent.name for p in sorted((study.folder / "position").glob("*/record.json"))), "")
 if place:
     weights = notebook.opened(study, f"position/{place}")
@@ -73,7 +73,7 @@ if place:
 #
 # Attention lets every token choose what it reads. This is the study's held-out run.
 
-# %%
+# %% tags=["computed"]
 print(f"after “{TEXT}”, by a transformer of width {config.D} with {config.L} layers:")
 told(next_word.predicted(config, params, ids, 8))
 
@@ -96,10 +96,11 @@ show(study, plots.loss_axis)
 # %% [markdown]
 # ## Where the transformer wins
 #
-# With more context a prediction is easier; a table of pairs gains nothing from it. And a token that
-# is frequent in training is easier than a rare one.
+# The more of the text it has read, the easier the next token is for it, up to the noise of some
+# hundred windows; a table of pairs looks back by one token wherever it stands. And a token that is
+# frequent in training is easier than a rare one.
 
-# %%
+# %% tags=["computed"]
 nats = notebook.scored(study, "target")
 position = growth.by_position(nats, config.T)
 for first in (0, 1, 3, 7, 15, 31, 63, config.T - 1):

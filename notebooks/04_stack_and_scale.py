@@ -43,7 +43,7 @@ words = [terminal.name_of(tokenizer, i) for i in ids]
 # what the model would answer if it stopped there. Straight after the embedding that is mostly the
 # token itself, because the table that reads is the table that wrote.
 
-# %%
+# %% tags=["computed"]
 inside = capture(config, params, ids)
 found = depth.depth(config, params, inside)
 names = [[terminal.name_of(tokenizer, i) for i in row] for row in found.ids[:, :, 0]]
@@ -57,7 +57,7 @@ print("depth from which on the answer stays:", dict(zip(words, depth.settled(fou
 # %% [markdown]
 # ## The same over held-out text
 
-# %%
+# %% tags=["computed"]
 held = np.asarray(data.heldout[: 8 * config.T]).reshape(8, config.T)
 each = [depth.depth(config, params, capture(config, params, row), 1) for row in held]
 for level in range(config.L + 1):

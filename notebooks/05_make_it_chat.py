@@ -14,7 +14,8 @@
 # # Make it chat
 #
 # A base model continues text. Tuned on conversations, the same network answers, and stops. Nothing
-# was added to it but six ids that say who speaks. `TINYLM_STUDY` names a study's folder; without it
+# was added to it: the ids that say who speaks, and where a turn ends, were in its table from the
+# start, and no text that it read had held them. `TINYLM_STUDY` names a study's folder; without it
 # the one in `experiments/results` is read.
 
 # %%
@@ -53,10 +54,11 @@ print(f"{int(np.sum(learnt_from))} of {len(ids)} ids are learnt from")
 # ## The same words to both
 #
 # The likeliest token each time, so the answers are the models' own and no luck of a draw. *(ends)*
-# says that the model ended its turn by itself.
+# says that the model ended its turn by itself. The base model is given the prompt as a line of
+# text, for it has not learnt the marks. "lemon" stood in no task that it was tuned on.
 
 
-# %%
+# %% tags=["computed"]
 def answer(params, prompt, system=""):
     asked = [*([("system", system)] if system else []), ("user", prompt)]
     ids = render(asked, tokenizer, prompt=True)[0]
@@ -64,7 +66,7 @@ def answer(params, prompt, system=""):
     return read(made, tokenizer) + ("  (ends)" if END in made else "  ...")
 
 
-for prompt in ("Hello! How are you?", "Say: river", "What is Python?"):
+for prompt in ("Hello! How are you?", "Say: lemon", "What is Python?"):
     plain = np.concatenate([[BOS], tokenizer.encode(prompt + "\n")])
     told = tokenizer.decode(generate.sample(config, base, [plain], 24, 0, 0.0)[0])
     print(f"{prompt}\n  base: {told!r}\n  chat: {answer(chat, prompt)!r}")
@@ -72,19 +74,21 @@ for prompt in ("Hello! How are you?", "Say: river", "What is Python?"):
 # %% [markdown]
 # ## With a system prompt, and without
 #
-# Rules like these were in training, about other words. How often they are obeyed is in the table
-# below; single answers show it and also miss it.
+# Rules like these were in training, with other words and names. How often they are obeyed is in the
+# table below; single answers show it and also miss it.
 
-# %%
-for system in ("", "Answer in upper case.", "You are Tom. Begin with your name.",
+# %% tags=["computed"]
+for system in ("", "Answer in upper case.", "You are Olga. Begin with your name.",
                "End every answer with the word done."):
-    print(f"{system or '(none)'}\n  {answer(chat, 'Say: river', system)!r}")
+    print(f"{system or '(none)'}\n  {answer(chat, 'Say: lemon', system)!r}")
 
 # %% [markdown]
 # ## The whole table
 #
 # All models answer the same tasks about words that no training task holds. What is right is decided
-# by a program. Rates have 95% intervals; what tuning forgets is in *bits a byte*.
+# by a program. Rates have 95% intervals; what tuning forgets is in *bits a byte*. Here the base
+# model is asked in the marks of a conversation too, which it has never seen: its column says where
+# tuning began, not what it could do if it were asked as it likes.
 
 # %%
 found = study.optional("alignment.json", {"runs": {}})["runs"]

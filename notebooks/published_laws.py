@@ -71,7 +71,7 @@ def table(file, **only):
 # least absolute errors; Huber's minimum is another point, with another exponent: the certificate
 # says that both are minima, the spread over resamples how far apart one should expect such points.
 
-# %%
+# %% tags=["computed"]
 chinchilla = table("chinchilla_epoch.csv")
 if chinchilla:
     chinchilla = drop_worst(chinchilla, 5)
@@ -92,7 +92,7 @@ if chinchilla:
 # Each law is fitted to the runs below a cut of compute and asked for those above. The order is
 # that of what matters when a larger run is planned, and not that of the fit.
 
-# %%
+# %% tags=["computed"]
 if chinchilla:
     for row in compare(chinchilla):
         print({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()})

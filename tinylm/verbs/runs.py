@@ -249,14 +249,17 @@ def evaluate(target: Positional[Path], also: tuple[Path, ...] = (), tasks: int =
             raise BadInput(f"{place} has another model, tokenizer or text than {target}; compare "
                            "runs of one lineage")
     judge, _ = models.judge(reward, config, learnt) if reward else (None, "")
-    for place, n in ((target, 1), *[(target, best_of)][:best_of], *((one, 1) for one in also)):
-        params = checkpoint.final_params(place, config)
-        row, grades = suite.table_row(asked, config, params, ref, learnt, judge, n)
-        loss = heldout.heldout(config, params, tokens).bits_per_byte
-        first = grades if first is None else first
-        name = os.path.relpath(place, out.parent) if out else str(place)
-        name += f", best of {n}" if n > 1 else ""
-        rows[name] = {**row, "bits_per_byte": loss, "wins": suite.wins(grades, first)}
+    each = [(target, 1), *[(target, best_of)][:best_of], *((one, 1) for one in also)]
+    with progress.bar("tasks") as done:
+        for at, (place, n) in enumerate(each):
+            params = checkpoint.final_params(place, config)
+            row, grades = suite.table_row(asked, config, params, ref, learnt, judge, n)
+            loss = heldout.heldout(config, params, tokens).bits_per_byte
+            first = grades if first is None else first
+            name = os.path.relpath(place, out.parent) if out else str(place)
+            name += f", best of {n}" if n > 1 else ""
+            rows[name] = {**row, "bits_per_byte": loss, "wins": suite.wins(grades, first)}
+            done(sum(m for _, m in each[: at + 1]) / sum(m for _, m in each))
     told = {"suite": vars(asked), "runs": rows}
     if reward:
         told["reward"] = alignment.of_judge(folders.finished(reward))
