@@ -106,7 +106,7 @@ def main(args: Args) -> int:
     table = [row(width, name, told) for width, size in sizes.items()
              for name, told in size["runs"].items()]
     for width, size in sizes.items():
-        print(f"D={width}\n{alignment.table(size['runs'])}")
+        print(f"D={width}\n{alignment.table(size['runs'], size.get('reward'))}")
     if args.results:
         write_table(args.results / "alignment_bands.csv", COLUMNS, table)
         files.write_json(args.results / "alignment_bands.json", {

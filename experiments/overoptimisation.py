@@ -169,14 +169,14 @@ def selected(args: Args, place: Path, pairs: int, seed: int, rankings: pool.Pool
                     plan)
     judge = judge_of(model, checkpoint.final_scorer(folder, model))
     told = judge(many.rollout, np.arange(many.gold.size)).reshape(many.gold.shape)
-    proxy = jnp.where(many.ended > 0, told, -1e3)  # what does not end is chosen last
+    proxy = jnp.where(many.ended > 0, told, told.min())  # what does not end is no answer
     gold = jnp.asarray(many.gold)
     ns = [n for n in NS if n <= args.samples]
     golds = np.stack([np.asarray(best_of_n(proxy, gold, n)) for n in ns]) - many.gold.mean()
     drop, low = falls(golds)
     return [(size(place), pairs, seed, record["preferences"]["accuracy"], ceiling, n,
              math.log(n) - (n - 1) / n, float(curve.mean()),
-             float(best_of_n(proxy, jnp.asarray(told), n).mean()), drop, low)
+             float(best_of_n(proxy, proxy, n).mean()), drop, low)
             for n, curve in zip(ns, golds, strict=True)]
 
 

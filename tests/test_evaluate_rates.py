@@ -55,6 +55,12 @@ def test_best_of_n_is_the_mean_over_every_subset(n):
         np.testing.assert_allclose(wide, want, rtol=1e-6)
 
 
+def test_best_of_n_of_whole_numbers_is_a_share():
+    proxy = jnp.array([[0.1, 0.2, 0.3]])
+    for gold in (jnp.array([[0, 1, 0]]), jnp.array([[False, True, False]])):
+        np.testing.assert_allclose(rates.best_of_n(proxy, gold, 2), [1 / 3], rtol=1e-6)
+
+
 def test_best_of_n_of_a_perfect_proxy_rises_to_the_maximum_and_1_is_the_mean():
     gold = jnp.asarray(np.random.default_rng(0).normal(size=(2, 1024)).astype(np.float32))
     at = {n: np.asarray(rates.best_of_n(gold, gold, n)) for n in (1, 4, 64, 512, 1024)}

@@ -170,6 +170,39 @@ def test_a_guard_ends_the_run_and_says_which(tmp_path, dial, said, tuned, data, 
     assert again == record
 
 
+def test_a_guard_whose_process_dies_comes_again(tmp_path, tuned, data, config,  # noqa: F811
+                                                prompts, wants_ko, monkeypatch):
+    wanted, write = wanted_of("grpo", config, prompts, min_entropy=9.0), files.write_json
+
+    def dying(path, value):
+        write(path, value)
+        if path.name == "guard.json":
+            raise SystemExit
+
+    monkeypatch.setattr(files, "write_json", dying)
+    with pytest.raises(SystemExit):
+        policy(tmp_path / "cut", wanted, tuned, prompts, wants_ko, data, PLANS)
+    monkeypatch.undo()
+    cut, whole = (policy(tmp_path / name, wanted, tuned, prompts, wants_ko, data, PLANS)
+                  for name in ("cut", "whole"))
+    assert cut["ended"] == whole["ended"] and "entropy_nats" in cut["ended"]
+    assert cut["policy"] == whole["policy"]
+
+
+def test_what_is_cut_off_is_paid_the_penalty_and_the_loss_sees_the_sampler_s_temperature(
+        tmp_path, tuned, data, config, prompts):  # noqa: F811
+    wanted = wanted_of("grpo", config, prompts, rollouts=1, temperature=1.6, budget=3, beta=0.0,
+                       kl="k2")
+    record = policy(tmp_path / "run", wanted, tuned, prompts,
+                    lambda rolled, asked: np.ones(len(asked), np.float32), data, PLANS)
+    first = record["policy"]["first"]
+    ended = first["train/ended_share"]
+    assert 0 < ended < 1
+    assert first["train/reward"] == pytest.approx(ended - 0.5 * (1 - ended), abs=1e-5)
+    assert first["train/clipped"] == 0
+    assert first["train/old_kl_nats"] == pytest.approx(0, abs=1e-4)
+
+
 def test_impossible_dials_are_refused_in_words(config, prompts):  # noqa: F811
     for dials, words in (({"minibatches": 5}, "do not divide into minibatches=5"),
                          ({"responses": 1}, "no baseline"), ({"budget": 0}, "budget=0")):

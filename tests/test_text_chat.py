@@ -171,6 +171,13 @@ def test_windows_keep_each_exchange_that_fits_exactly_once(T):
         assert chat.pack(cut, T).dropped == 0
 
 
+def test_packing_takes_the_fullest_row_that_has_room():
+    talks = [(np.arange(n), np.ones(n)) for n in (5, 7, 3, 5)]
+    packed = chat.pack(talks, 9)
+    assert packed.segments.max(axis=1).tolist() == [2, 2]
+    assert ((packed.segments > 0).sum(axis=1) == 10).all()
+
+
 def test_packing_without_room_is_refused():
     with pytest.raises(BadInput, match="T=0"):
         chat.pack([], 0)

@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -189,6 +190,18 @@ def test_a_temperature_divides_the_logits_before_the_softmax():
     want = jnp.log(jnp.take_along_axis(power / power.sum(-1, keepdims=True),
                                        targets[..., None], -1))[..., 0]
     np.testing.assert_allclose(losses.token_logp(logits, targets, 0.7), want, atol=1e-5)
+
+
+def test_a_response_s_score_is_read_at_its_last_token(monkeypatch):
+    """One slot earlier it is the score of a response without its end, one later of padding."""
+    monkeypatch.setattr(losses.heads, "scores", lambda config, params, tokens, plan:
+                        jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.float32),
+                                         tokens.shape))
+    tokens = np.zeros((1, 3, 7), np.int32)
+    mask = np.zeros((1, 3, 6), np.float32)  # of the tokens after the first
+    mask[0, 0, 2:5] = mask[0, 1, 5:] = 1
+    got = losses.response_scores(ModelConfig(), {}, SimpleNamespace(tokens=tokens, mask=mask))
+    np.testing.assert_array_equal(got, [[5, 6, 0]])
 
 
 def test_all_pairs_of_a_prompt_count_once_together():

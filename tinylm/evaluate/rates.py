@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from tinylm.config import BadInput
 
@@ -38,7 +38,7 @@ def win_rate(ours: Float[Array, "N"], theirs: Float[Array, "N"], mask: Float[Arr
 
 
 def best_of_n(
-    proxy: Float[Array, "B N"], gold: Float[Array, "B N"], n: int
+    proxy: Shaped[Array, "B N"], gold: Shaped[Array, "B N"], n: int
 ) -> Float[Array, "B"]:
     """Give the expected gold score of the best by proxy among n of each prompt's N samples.
 
@@ -56,7 +56,7 @@ def best_of_n(
         order = jnp.sort(proxy)
         low = jnp.searchsorted(order, proxy, side="left")
         high = jnp.searchsorted(order, proxy, side="right")
-        table = jnp.asarray(below, gold.dtype)
+        table = jnp.asarray(below, jnp.result_type(gold, jnp.float32))
         return jnp.sum(gold * (table[high] - table[low]) / (high - low))
 
     return jax.vmap(one)(proxy, gold)

@@ -153,7 +153,8 @@ def table_row(config: SuiteConfig, model: ModelConfig, params: Params, ref: Para
     count = some.mask.sum()
     row = {"tasks": len(chosen), "too_long": len(every) - len(chosen),
            "tasks_id": tasks.tasks_id(every), "split": config.split,
-           "exact": rows, "macro": float(np.mean([row["rate"] for row in rows.values()])),
+           "best_of": n, "exact": rows,
+           "macro": float(np.mean([row["rate"] for row in rows.values()])),
            "grade": float(grades[plain["sentence"]].mean()),
            "micro": rate(gold[~ruled]), "obeyed": rate((kept * rolled.ended)[ruled]),
            "rules_and_answers": rate(gold[ruled]), "stops": rate(rolled.ended),

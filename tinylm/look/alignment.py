@@ -13,13 +13,16 @@ COLUMNS = (("exact (macro)", lambda r: f"{r['macro']:.1%}"),
            ("grade of sentences", lambda r: f"{r['grade']:.3f}"),
            ("sentences that win", lambda r: rate(r["wins"])),
            ("bits a byte", lambda r: f"{r['bits_per_byte']:.4f}"),
-           ("KL, nats", lambda r: f"{r['kl_nats']:.3f}"),
+           ("KL, nats", lambda r: "at most " * (r.get("best_of", 1) > 1) + f"{r['kl_nats']:.3f}"),
            ("entropy, nats", lambda r: f"{r['entropy_nats']:.3f}"),
            ("tokens", lambda r: f"{r['length_tokens']:.1f}"))
 
 
-def table(rows: dict[str, dict[str, Any]]) -> str:
-    """Lay the suite's rows out, a column a run; wins and KL are against the first."""
+def table(rows: dict[str, dict[str, Any]], judge: dict[str, Any] | None = None) -> str:
+    """Lay the suite's rows out, a column a run; wins and KL are against the first.
+
+    `judge` is what the reward model behind the scores is known to be (see `of_judge`).
+    """
     names, wide = list(rows), 24
     lines = [" " * 22 + "".join(name[-wide + 2:].rjust(wide) for name in names)]
     lines += [title.ljust(22) + "".join(show(rows[name]).rjust(wide) for name in names)
@@ -31,7 +34,13 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     families = rows[names[0]]["exact"]
     lines += [f"  {family}".ljust(22) + "".join(
         rate(rows[name]["exact"][family]).rjust(wide) for name in names) for family in families]
-    return "\n".join([*lines, "rates with 95% intervals; wins and KL against the first column"])
+    lines.append("rates with 95% intervals; wins and KL against the first column; answers are the "
+                 "likeliest tokens, of best-of-n samples at temperature 1")
+    if judge:
+        lines.append(f"the reward model is right on {judge['accuracy']:.1%} [{judge['low95']:.1%}, "
+                     f"{judge['high95']:.1%}] of {judge['pairs']} held-out pairs"
+                     + (f", a perfect judge on {judge['ceiling']:.1%}" * bool(judge["ceiling"])))
+    return "\n".join(lines)
 
 
 def paradigms(found: dict[str, Any]) -> str:
@@ -47,7 +56,7 @@ def judged(record: dict[str, Any]) -> str:
         return f"{record['id']}: {record['status']}"
     ceiling = record["config"]["ceiling"]
     lines = [f"{record['id']}: right on {p['accuracy']:.1%} [{p['low95']:.1%}, {p['high95']:.1%}] "
-             f"of {p['pairs']} held-out pairs of {p['prompts']} prompts"
+             f"of {p['pairs']} held-out pairs, mean over their {p['prompts']} prompts"
              + (f" (a perfect judge: {ceiling:.1%})" if ceiling else "")
              + f", {p['nats_per_pair']:.4f} nats a pair ({math.log(2):.4f} knows nothing)"]
     lines += [f"  where it is {b['thought']:.0%} sure it is right on {b['right']:.0%} "

@@ -168,6 +168,9 @@ def policy(folder: Path, config: PolicyConfig, parent: Path, prompts: Sequence[n
                                         config.optim.nonfinite == "skip"))
         metrics, guard = folder / "metrics.jsonl", folder / "guard.json"
 
+        if guard.exists() and files.read_json(guard)["step"] not in checkpoint.held(folder):
+            guard.unlink()  # the end that it speaks of was lost with the process; it comes again
+
         def batch_at(t: int) -> np.ndarray:
             return batch.order(len(prompts), config.seed, t // config.updates, config.prompts)
 
@@ -264,7 +267,8 @@ def turn(config: PolicyConfig, ref: Params, prompts: Sequence[np.ndarray], judge
     if watch:
         told["gold"] = float(watch(rolled, asked).mean())
     if reason := tripped(config, told):
-        files.write_json(guard, {"reason": f"rollout {number}: {reason}"})
+        files.write_json(guard, {"reason": f"rollout {number}: {reason}",
+                                 "step": int(state.step) + n})
         still = {**told, "policy_loss": 0.0}
         return state._replace(step=state.step + n), {k: np.full(n, v) for k, v in still.items()}
     seen = experience(config, state.params, rolled, scores.astype(np.float32), found)

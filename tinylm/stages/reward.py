@@ -98,7 +98,8 @@ def reward(folder: Path, config: RewardConfig, parent: Path, train: Ranked, held
                 batch_at, read, plan, mesh, clock)
             with clock.doing("evaluate"):
                 judged = judge(model, state.params, train, held) if finite else None
-        finite = finite and math.isfinite(judged["nats_per_pair"])
+        finite = finite and all(map(math.isfinite, (
+            judged["nats_per_pair"], *judged["scores"].values())))
         return run.finish(
             folder, config, "reward", "ok" if finite else "diverged",
             parent={"id": config.parent, "step": "final"}, data_id=config.data_id,

@@ -99,7 +99,7 @@ def windows(ids: np.ndarray, mask: np.ndarray, T: int) -> list[tuple[np.ndarray,
 
 
 def pack(rendered: Sequence[tuple[np.ndarray, np.ndarray]], T: int) -> Packed:
-    """Pack rendered conversations into rows of T + 1 tokens, each into the first that has room.
+    """Pack rendered conversations into rows of T + 1 tokens, each into the fullest that has room.
 
     A conversation longer than a row keeps its whole turns from the start, up to the last answer
     that fits (`windows` keeps the rest too); one without any is dropped and counted. Only the last
@@ -115,7 +115,8 @@ def pack(rendered: Sequence[tuple[np.ndarray, np.ndarray]], T: int) -> Packed:
         if kept == 0:
             continue
         first = max(0, len(space) - OPEN_ROWS)
-        row = next((r for r in range(first, len(space)) if space[r] >= kept), len(space))
+        row = min((r for r in range(first, len(space)) if space[r] >= kept),
+                  key=space.__getitem__, default=len(space))
         if row == len(space):
             space.append(T + 1)
         start = T + 1 - space[row]

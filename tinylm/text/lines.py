@@ -93,7 +93,8 @@ def parsed_text(text: str, name: str, parse: Callable[[dict[str, Any], str], Row
 
 def _object(line: str, where: str) -> dict[str, Any]:
     try:
-        row = json.loads(line, parse_constant=_finite, parse_float=_finite)
+        row = json.loads(line, parse_constant=_finite, parse_float=_finite,
+                         object_pairs_hook=_once)
     except RecursionError:
         raise BadInput(f"{where} is nested too deeply; flatten that line") from None
     except ValueError as bad:
@@ -133,6 +134,13 @@ def check_roles(messages: Sequence[tuple[str, str]], where: str) -> None:
         if role != want:
             raise BadInput(f"{where} message {n + start + 1} has role {role!r}; it must be {want} "
                            "(system may come first, then user and assistant alternate)")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(out := dict(pairs)) < len(pairs):
+        twice = next(key for n, (key, _) in enumerate(pairs) if key in dict(pairs[:n]))
+        raise ValueError(f"{twice!r} comes twice")
+    return out
 
 
 def _finite(text: str) -> float:

@@ -1,5 +1,6 @@
 """Verbs that learn from preferences and rewards: reward, dpo, ppo, grpo, best-of-n."""
 
+import itertools
 import math
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -184,14 +185,15 @@ def best_of_n(target: Positional[Path], reward: Path | None = None,
     model, _, learnt = models.opened(target, text)
     require("budget", budget, 1, model.T)
     chosen, _ = suite.fitting(model, _tasks(family, "test", count, seed), learnt, budget)
-    judge, _ = _judge(reward, model, chosen, learnt)
+    judge, _ = _judge(reward, model, chosen, learnt, text)
     drawn = pool.sampled(model, checkpoint.final_params(target, model), learnt, chosen, samples,
                          budget, rubric.exact, seed)
     owner = np.repeat(np.arange(len(chosen)), samples)
     scores = judge(drawn.rollout, owner).reshape(-1, samples)
-    chosen_by, gold = jnp.where(drawn.ended > 0, scores, -1e3), jnp.asarray(drawn.gold)
-    rows = [{"n": one, "gold": float(expected_best(chosen_by, gold, one).mean()),
-             "proxy": float(expected_best(chosen_by, jnp.asarray(scores), one).mean()),
+    scores = jnp.where(drawn.ended > 0, scores, scores.min())  # what does not end is no answer
+    gold = jnp.asarray(drawn.gold)
+    rows = [{"n": one, "gold": float(expected_best(scores, gold, one).mean()),
+             "proxy": float(expected_best(scores, scores, one).mean()),
              "kl_bound_nats": math.log(one) - (one - 1) / one} for one in n]
     progress.answer({"tasks": len(chosen), "samples": samples, "rows": rows}, json, "\n".join(
         f"best of {r['n']:3d}: reward {r['gold']:.3f}, by its judge {r['proxy']:+.3f}, at most "
@@ -203,7 +205,7 @@ def _optimised(method: Literal["ppo", "grpo"], parent, out, reward, family, coun
     model, tokens, learnt = models.opened(parent, text)
     chosen = _tasks(family, "train", count, given.seed)
     chosen, prompts = suite.fitting(model, chosen, learnt, given.budget)
-    judge, name = _judge(reward, model, chosen, learnt)
+    judge, name = _judge(reward, model, chosen, learnt, text)
     config = policies.PolicyConfig(**{
         **vars(given), "method": method, "model": model, "judge": name,
         "parent": folders.finished(parent)["id"], "data_id": policies.prompts_id(prompts)})
@@ -220,17 +222,18 @@ def _tasks(family: tuple[str, ...], split: tasks.Split, count: int, seed: int) -
     require("count", count, 1, MOST)
     if not family:
         raise BadInput(f"--family names none; choose one or more of {', '.join(tasks.FAMILIES)}")
-    return [t for one in family for t in tasks.draw(one, "plain", split, seed, count)]
+    each = [tasks.draw(one, "plain", split, seed, count) for one in family]
+    return list(itertools.chain(*zip(*each, strict=True)))  # in turn: a split holds out of each
 
 
-def _judge(reward: Path | None, model: ModelConfig, chosen: list[tasks.Task], learnt: Tokenizer
-           ) -> tuple[Judge, str]:
+def _judge(reward: Path | None, model: ModelConfig, chosen: list[tasks.Task], learnt: Tokenizer,
+           text: Path | None) -> tuple[Judge, str]:
     """Give the judge of responses to the chosen tasks, and what names it in a config."""
     if reward is None:
         return (lambda rolled, asked: suite.golds([chosen[i] for i in asked],
                                                   suite.texts(rolled, learnt), rolled.ended),
                 f"exact {tasks.tasks_id(chosen)}")
-    return models.judge(reward, model, learnt)
+    return models.judge(reward, model, learnt, text)
 
 
 class Sampling(NamedTuple):

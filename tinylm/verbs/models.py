@@ -43,7 +43,8 @@ def opened(folder: Path, text: Path | None,
     return model, data, learnt
 
 
-def judge(reward: Path, model: ModelConfig, learnt: Tokenizer) -> tuple[Judge, str]:
+def judge(reward: Path, model: ModelConfig, learnt: Tokenizer,
+          text: Path | None) -> tuple[Judge, str]:
     """Open a reward model as the judge of that model's responses; give it and its id."""
     record = folders.finished(reward)
     if record["kind"] != "reward":
@@ -51,7 +52,7 @@ def judge(reward: Path, model: ModelConfig, learnt: Tokenizer) -> tuple[Judge, s
     if record["tokenizer_id"] != learnt.id:
         raise BadInput(f"{reward} reads tokenizer {record['tokenizer_id']}, the run {learnt.id}; "
                        "give a reward model of the same lineage")
-    own, _, _ = opened(reward, None, judge=True)
+    own, _, _ = opened(reward, text, judge=True)
     if own.T < model.T:
         raise BadInput(f"{reward} reads T={own.T} tokens and the run's context is T={model.T}; "
                        "give a reward model of that context")

@@ -158,7 +158,7 @@ def sft(parent: Positional[Path], out: Path, data: tuple[Path, ...] = (),
         optim: the optimiser and its schedule
         steps: optimiser steps
         rows: packed rows a step
-        replay: share of the rows that are base text
+        replay: share of the rows that are base text, one at least; all of their tokens count
         seed: of the order of the rows
         skip_bad_lines: put bad lines of the data into OUT/quarantine.jsonl instead of refusing
         json: print the record on the last line
@@ -248,7 +248,7 @@ def evaluate(target: Positional[Path], also: tuple[Path, ...] = (), tasks: int =
         if (model, others.tokenizer_id, others.id) != (config, tokens.tokenizer_id, tokens.id):
             raise BadInput(f"{place} has another model, tokenizer or text than {target}; compare "
                            "runs of one lineage")
-    judge, _ = models.judge(reward, config, learnt) if reward else (None, "")
+    judge, _ = models.judge(reward, config, learnt, text) if reward else (None, "")
     each = [(target, 1), *[(target, best_of)][:best_of], *((one, 1) for one in also)]
     with progress.bar("tasks") as done:
         for at, (place, n) in enumerate(each):
@@ -265,7 +265,7 @@ def evaluate(target: Positional[Path], also: tuple[Path, ...] = (), tasks: int =
         told["reward"] = alignment.of_judge(folders.finished(reward))
     if out:
         files.write_json(out, told)
-    progress.answer(told, json, alignment.table(rows))
+    progress.answer(told, json, alignment.table(rows, told.get("reward")))
 
 
 def _talks(read, learnt, T):
