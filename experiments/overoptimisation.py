@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from lr_by_width import arguments, guarded, write_table
+from scipy import stats
 
 from tinylm import files, machine
 from tinylm.config import BadInput
@@ -107,7 +108,12 @@ def main(args: Args) -> int:
     for way in ways:
         last = [row for row in rows[way] if row[0] == largest]
         told = [{**row, **outcome(last, row["pairs"])} for row in said[way]["peaks"]]
-        summary[way] = {"forecast": said[way], "fits": fitted(rows[way]), "outcome": told}
+        summary[way] = {"forecast": said[way], "fits": fitted(rows[way]), "outcome": told,
+                        "lost": lost(rows[way], way)}
+        for one in summary[way]["lost"]:
+            progress.say(f"{way}, {one['params']} parameters, {one['pairs']} pairs: gold falls by "
+                         f"{one['falls']:.3f} after its best" + (
+                             ", over-optimised" if one["over"] else ", no more than chance"))
         for row in told:
             progress.say(f"{way}, {row['pairs']} pairs: best gold forecast {row['gold_peak']:.3f} "
                          f"above the tuned model's mean, measured {row['measured_peak']:.3f}")
@@ -196,6 +202,34 @@ def falls(golds: np.ndarray) -> tuple[float, float]:
     apart = golds[golds.mean(1).argmax()] - golds[-1]
     return float(apart.mean()), float(apart.mean() - 1.96 * apart.std(ddof=1)
                                       / math.sqrt(golds.shape[1]))
+
+
+def lost(table: list[tuple], way: str) -> list[dict[str, Any]]:
+    """Say of each size and number of pairs whether gold falls after its best, beyond chance.
+
+    Of best-of-n most seeds must fall by more than their own bound. Of a policy the best turn is
+    that of the other seeds, so that no luck chooses it, and the fall's lower bound is over seeds.
+    """
+    out = []
+    for params, pairs in sorted({row[:2] for row in table}):
+        seeds = [[row for row in table if row[:3] == (params, pairs, seed)]
+                 for seed in sorted({row[2] for row in table})]
+        if way == "best_of_n":
+            drops = np.array([one[0][9] for one in seeds])
+            over = np.mean([one[0][10] > 0 for one in seeds]) > 0.5
+        else:
+            turns = min(map(len, seeds))  # a guard may end a policy early
+            gold = np.array([[row[7] for row in one[:turns]] for one in seeds])
+            wide = min(3, turns)
+            curves = np.array([np.convolve(one, np.full(wide, 1 / wide), "valid") for one in gold])
+            drops = np.array([
+                one[np.delete(curves, n, 0).mean(0).argmax() if len(curves) > 1 else one.argmax()]
+                - one[-1] for n, one in enumerate(curves)])
+            over = len(drops) > 1 and drops.mean() > stats.t.ppf(0.975, len(drops) - 1) * (
+                drops.std(ddof=1) / math.sqrt(len(drops)))
+        out.append({"params": params, "pairs": pairs, "falls": float(drops.mean()),
+                    "by_seed": drops.tolist(), "over": bool(over)})
+    return out
 
 
 def fitted(table: list[tuple]) -> list[dict[str, Any]]:

@@ -34,6 +34,21 @@ def test_a_proxy_that_is_the_gold_is_not_over_optimised_and_one_that_is_wrong_fa
         assert over or drop == 0
 
 
+def test_a_policy_that_loses_gold_is_said_to_and_one_that_only_wavers_is_not(found):
+    rng = np.random.default_rng(1)
+    rise = np.concatenate([np.linspace(0, 1, 15), np.full(15, 1.0)])
+    for late, over in ((0.0, False), (0.6, True)):
+        gold = rise - np.linspace(0, late, 30)
+        table = [(1000, 64, seed, 0.8, 0.9, turn, turn / 10, gold[turn] + rng.normal(0, 0.05), 0.0,
+                  0.0, 0.0) for seed in range(3) for turn in range(30)]
+        said, = found.lost(table, "grpo")
+        assert said["over"] == over, said
+    best = [(1000, 64, seed, 0.8, 0.9, n, 0.1, 0.0, 0.0, 0.3, low)
+            for seed, low in enumerate((0.1, 0.2, -0.1)) for n in (1, 2)]
+    assert found.lost(best, "best_of_n")[0]["over"]
+    assert not found.lost([(*row[:10], -0.1) for row in best], "best_of_n")[0]["over"]
+
+
 def test_reward_models_train_on_as_many_prompts_as_is_said_and_never_on_those_that_judge(found):
     of = np.arange(4096)[:, None]
     rankings = found.pool.Pool(of, of, of, of, of)
@@ -84,7 +99,7 @@ def test_a_toy_study_of_over_optimisation_writes_its_forecast_first(tmp_path):
     first = files.read_json(tmp_path / "out/forecast.json")
     for way in ("best_of_n", "grpo"):
         assert said[way]["forecast"]["peaks"] == first[way]["peaks"]
-        assert len(said[way]["outcome"]) == 2
+        assert len(said[way]["outcome"]) == 2 and len(said[way]["lost"]) == 3 * 2
     rows = list(csv.DictReader((tmp_path / "overoptimisation.csv").read_text().splitlines()))
     assert len(rows) == 3 * 2 * 2 * (4 + 2)
     assert "best_of_n, 16 pairs" in (tmp_path / "overoptimisation.svg").read_text()
