@@ -129,9 +129,8 @@ def read_in(model: Model, said: Sequence[Any], chat: bool) -> list[np.ndarray]:
         np.concatenate([[BOS], model.tokenizer.encode(text)]) for text in said]
 
 
-async def missing(http: Http, why: Exception) -> Response:
+async def missing(http: Http, why: HTTPException) -> Response:
     """Say that a path, or a method of it, is not there, as OpenAI's clients read it."""
-    assert isinstance(why, HTTPException)
     return refusal(Refused("", f"{http.method} {http.url.path}: {why.detail}", None,
                            why.status_code))
 
