@@ -20,10 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import tyro
-from lr_by_width import arguments, guarded, write_table
+from lr_by_width import arguments, guarded, write_table  # pins the process: before JAX
+
+# isort: split
+import jax.numpy as jnp
 from scipy import stats
 
 from tinylm import files, machine

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import subprocess
+import sys
 from unittest import mock
 
 import jax.numpy as jnp
@@ -119,3 +121,12 @@ def test_a_toy_study_of_the_bands_fixes_what_is_asked_before_it_trains(tmp_path)
     told = json.loads((tmp_path / "alignment_bands.json").read_text())
     assert told["id"] == files.read_json(tmp_path / "out/suite.json")["id"]
     assert all(size["reward"]["ceiling"] >= 0.5 for size in told["sizes"].values())
+
+
+def test_the_experiment_pins_its_process_before_jax_is_there():
+    """In a process of its own: the others run inside one that has JAX already."""
+    script = ROOT / "experiments/overoptimisation.py"
+    asked = ("--sft", "gone", "--trunks", "gone", "--out", "gone")
+    done = subprocess.run([sys.executable, script, *asked], check=False, capture_output=True,
+                          text=True)
+    assert done.returncode == 2 and "name 3 or more" in done.stderr, done.stderr
