@@ -4,11 +4,11 @@ question   After the same tuning, preferences and budgets at three sizes: exact 
            turns that end, system prompts obeyed, base text's tax, a reward model's accuracy beside
            its ceiling, and what DPO, PPO, GRPO and best-of-n add to the tuned model.
 command    python experiments/alignment_bands.py --out studies/bands --study studies/laptop
-cost       not measured yet
+cost       an hour to two on two cores (measured in parts, other work beside it)
 expected   at 1M parameters: 80% of copies, lists and choices, 99% of turns ended, 90% of system
            prompts obeyed, a tax of 5%, 90% of the ceiling at 4,000 pairs, 5 points by a policy on
            the family that tuning left between 50 and 80%, and DPO winning 55% or more
-result     not recorded yet
+result     experiments/results/alignment_bands.json; the bands are replaced, see LOG.md
 
 What is asked, how many times and which judge wins is hashed before anything trains (`suite.json`);
 a folder keeps to what it began with.
@@ -144,7 +144,8 @@ def aligned(args: Args, place: Path, trunk: Path, given: Path | None = None) -> 
     if not (place / "table.json").exists():
         evaluate(tuned, (trunk, *(place / m for m in METHODS)), args.asked, reward=judge,
                  best_of=args.best_of, sentences=args.sentences, out=place / "table.json")
-    return files.read_json(place / "table.json")
+    told = files.read_json(place / "table.json")
+    return {**told, "runs": {Path(name).name: row for name, row in told["runs"].items()}}
 
 
 COLUMNS = ("width", "run", "macro", *tasks.FAMILIES, "stops", "obeyed", "bits_per_byte",

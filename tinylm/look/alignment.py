@@ -34,8 +34,9 @@ def table(rows: dict[str, dict[str, Any]], judge: dict[str, Any] | None = None) 
     families = rows[names[0]]["exact"]
     lines += [f"  {family}".ljust(22) + "".join(
         rate(rows[name]["exact"][family]).rjust(wide) for name in names) for family in families]
-    lines.append("rates with 95% intervals; wins and KL against the first column; answers are the "
-                 "likeliest tokens, of best-of-n samples at temperature 1")
+    lines.append("rates with 95% intervals; wins and KL against the first column")
+    if any(row.get("best_of", 1) > 1 for row in rows.values()):
+        lines.append("answers are the likeliest tokens, of best-of-n samples at temperature 1")
     if judge:
         lines.append(f"the reward model is right on {judge['accuracy']:.1%} [{judge['low95']:.1%}, "
                      f"{judge['high95']:.1%}] of {judge['pairs']} held-out pairs"
