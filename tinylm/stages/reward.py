@@ -1,7 +1,7 @@
 """A reward model: a tuned checkpoint with a scalar head, trained on ranked responses.
 
 Bradley-Terry over all pairs of a prompt at once, the score read at the response's last token
-(InstructGPT, 2203.02155); one epoch unless told otherwise, since it overfits on the second.
+(InstructGPT, 2203.02155); one epoch unless told otherwise.
 """
 
 import functools
