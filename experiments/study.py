@@ -24,7 +24,7 @@ from tinylm.config import BadInput, identity  # noqa: E402
 from tinylm.evaluate import baselines, samples  # noqa: E402
 from tinylm.laws import forecast  # noqa: E402
 from tinylm.laws.plan import cell  # noqa: E402
-from tinylm.look import notebook, progress, report  # noqa: E402
+from tinylm.look import growth, notebook, progress, report  # noqa: E402
 from tinylm.model.decoder import ModelConfig  # noqa: E402
 from tinylm.stages import sft  # noqa: E402
 from tinylm.stages.pretrain import PretrainConfig, pretrain  # noqa: E402
@@ -82,6 +82,8 @@ def main(args: Args) -> int:
         config = forecasted(out, study, models, data, records, verdict)
     with stage(out, "held-out run"):
         score = held_out(out, config, data)
+    with stage(out, "growth"):
+        grown(out, records, data)
     with stage(out, "chat"):
         chat(out, study, config, corpus, tokenizer, data)
     if study.policy:
@@ -133,6 +135,14 @@ def held_out(out: Path, config: PretrainConfig, data: Dataset) -> forecast.Score
     files.write_json(out / "score.json", score._asdict())
     progress.say(progress.score(score))
     return score
+
+
+def grown(out: Path, records: list[dict], data: Dataset) -> None:
+    """Look into the best run of every budget and the held-out run: what comes with compute."""
+    if not (out / "growth.json").exists():
+        runs = growth.best(growth.of_study(out, [r for r in records if r["kind"] != "trunk"]))
+        with progress.bar("growth") as event:
+            files.write_json(out / "growth.json", {"rows": growth.ladder(runs, data, event)})
 
 
 def chat(out: Path, study: Study, config: PretrainConfig, corpus: corpora.Corpus,

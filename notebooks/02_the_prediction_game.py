@@ -102,9 +102,7 @@ show(study, plots.loss_axis)
 
 # %% tags=["computed"]
 nats = notebook.scored(study, "target")
-position = growth.by_position(nats, config.T)
-for first in (0, 1, 3, 7, 15, 31, 63, config.T - 1):
-    if first < config.T:
-        print(f"after {first + 1:3} tokens of context: {position[first]:.3f} nats")
-for row in growth.by_frequency(nats, data, 6):
+for row in growth.by_position(nats, config.T):
+    print(f"reading up to {row['at_most']:3} tokens: {row['nats']:.3f} nats")
+for row in growth.by_frequency(nats, data):
     print(f"tokens seen up to {row['at_most']:7,} times in training: {row['nats']:.3f} nats")

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 import tinylm
-from tinylm.look import depth, notebook, plots, terminal
+from tinylm.look import depth, growth, notebook, plots, terminal
 from tinylm.look.notebook import show
 from tinylm.look.study import Study
 from tinylm.model.capture import capture
@@ -73,6 +73,29 @@ for level in range(config.L + 1):
 
 # %%
 show(study, plots.isoflops)
+
+# %% [markdown]
+# ## What comes with compute
+#
+# The best run of every budget, then the held-out run. On random pieces said twice: what the
+# strongest head of each kind does (03_attention), and by how many nats a token the repeat is
+# easier. On held-out text: the loss by how many tokens are read, and by how often the token occurs
+# in training.
+
+# %%
+rows = study.optional("growth.json", {"rows": []})["rows"]
+if rows:
+    for row in rows:
+        print(f"{row['FLOPs']:.2e} FLOPs, width {row['width']:3}: {row['bits_per_byte']:.3f} bits "
+              f"a byte, induction {row['induction']:.3f}, "
+              f"a repeat easier by {row['gain']:+.3f} nats")
+    notebook.draw(plots.growth(rows))
+    tables = study.part("baselines.json")["tables"]
+    for name, flops in growth.passed(rows, tables).items():
+        print(f"the {name} table is beaten",
+              "by no run" if flops is None else f"from {flops:.2e} FLOPs on")
+else:
+    print("this study was not looked into: it has no growth.json")
 
 # %% [markdown]
 # ## A forecast, and what came

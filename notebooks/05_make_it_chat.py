@@ -34,7 +34,9 @@ from tinylm.text.tokenizer import BOS, END
 home = Path(tinylm.__file__).parent.parent / "experiments/results/laptop"
 study = Study(Path(os.environ.get("TINYLM_STUDY", home)))
 config, base, data, tokenizer = notebook.opened(study, "target")
-_, chat, _, _ = notebook.opened(study, "chat")
+tuned = {"chat": notebook.opened(study, "chat").params}
+if (study.folder / "policy/checkpoints").exists():
+    tuned["optimised"] = notebook.opened(study, "policy").params
 
 # %% [markdown]
 # ## What a conversation is, to the model
@@ -51,11 +53,12 @@ for n in range(0, len(ids), 12):
 print(f"{int(np.sum(learnt_from))} of {len(ids)} ids are learnt from")
 
 # %% [markdown]
-# ## The same words to both
+# ## The same words to all
 #
 # The likeliest token each time, so the answers are the models' own and no luck of a draw. *(ends)*
 # says that the model ended its turn by itself. The base model is given the prompt as a line of
-# text, for it has not learnt the marks. "lemon" stood in no task that it was tuned on.
+# text, for it has not learnt the marks. "lemon" stood in no task that the others were tuned on.
+# *optimised* went on from *chat*: it was paid by a reward model for its own answers.
 
 
 # %% tags=["computed"]
@@ -69,7 +72,9 @@ def answer(params, prompt, system=""):
 for prompt in ("Hello! How are you?", "Say: lemon", "What is Python?"):
     plain = np.concatenate([[BOS], tokenizer.encode(prompt + "\n")])
     told = tokenizer.decode(generate.sample(config, base, [plain], 24, 0, 0.0)[0])
-    print(f"{prompt}\n  base: {told!r}\n  chat: {answer(chat, prompt)!r}")
+    print(f"{prompt}\n  base: {told!r}")
+    for name, params in tuned.items():
+        print(f"  {name}: {answer(params, prompt)!r}")
 
 # %% [markdown]
 # ## With a system prompt, and without
@@ -80,7 +85,9 @@ for prompt in ("Hello! How are you?", "Say: lemon", "What is Python?"):
 # %% tags=["computed"]
 for system in ("", "Answer in upper case.", "You are Olga. Begin with your name.",
                "End every answer with the word done."):
-    print(f"{system or '(none)'}\n  {answer(chat, 'Say: lemon', system)!r}")
+    print(system or "(none)")
+    for name, params in tuned.items():
+        print(f"  {name}: {answer(params, 'Say: lemon', system)!r}")
 
 # %% [markdown]
 # ## The whole table

@@ -62,7 +62,7 @@ def test_every_stage_says_what_it_took(finished):
     folder, *_ = finished
     took = stages(folder / "smoke")
     assert list(took) == ["text", "baselines", "rate check", "sweep", "forecast", "held-out run",
-                          "chat", "report"]
+                          "growth", "chat", "report"]
     assert took["sweep"][0] > 1 and took["sweep"][1] > 1
     page = (folder / "smoke/report.html").read_text()
     assert "processor minutes" in page and "held-out run" in page

@@ -94,6 +94,11 @@ def fake(folder) -> None:
     files.write_json(folder / "chat/record.json", {
         **record("chat", 3e3, 1e8, model, test, kind="sft"),
         "answers_nats_per_token": {"before": 5.0, "after": 4.0}})
+    files.write_json(folder / "growth.json", {"rows": [
+        {"run": f"r{n}", "FLOPs": 10.0 ** (9 + n), "bits_per_byte": 3.0 - n, "previous": 0.3,
+         "first": 0.2, "induction": 0.1 + n / 8, "gain": 0.42 * n,
+         **{key: [{"at_most": at, "tokens": 8, "nats": 4.0 - n} for at in (1, 2, 4)]
+            for key in ("by_position", "by_frequency")}} for n in (0, 1)]})
     files.write_json(folder / "samples.json", {"samples": [
         {"model": m, "prompt": "Hello", "text": HOSTILE, "tokens": 3, "ended": m == "chat"}
         for m in ("base", "chat")]})
@@ -162,8 +167,9 @@ def test_hostile_sample_text_is_escaped(page):
 
 def test_every_figure_has_a_label_that_states_its_finding(page):
     labels = re.findall(r'<svg role="img" aria-label="([^"]+)"', page)
-    assert len(labels) == 5
+    assert len(labels) == 6
     assert any("beats the 4-gram table" in label for label in labels)
+    assert "A repeat is easier by up to 0.42 nats" in labels
     assert any(f"Best size grows as FLOPs^{GROWTH:.2f}" in label for label in labels)
 
 

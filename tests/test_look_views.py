@@ -1,12 +1,15 @@
 """Views of a model's inside: each equals what is counted or multiplied out by hand."""
 
+import io
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 from test_model_decoder import drawn, forward
 from test_text_tokenizer import learnt, prose  # noqa: F401
 
@@ -184,12 +187,16 @@ def test_loss_by_position_and_by_frequency_adds_up_to_the_loss(text):
     config = ModelConfig(V=text.V, D=16, L=1, H=2, T=16)
     nats = heldout.each(config, drawn(config), text)
     whole = heldout.heldout(config, drawn(config), text).nats_per_token
-    by_position = growth.by_position(nats, 16)
-    assert by_position.mean() == pytest.approx(whole, rel=1e-5)
-    assert by_position[3] == pytest.approx(nats[3::16].mean())
-    rows = growth.by_frequency(nats, text, 4)
-    assert sum(r["tokens"] for r in rows) == len(nats)
-    assert sum(r["tokens"] * r["nats"] for r in rows) / len(nats) == pytest.approx(whole, rel=1e-5)
+    by_position, rows = growth.by_position(nats, 16), growth.by_frequency(nats, text, 4)
+    for groups in (by_position, rows):
+        assert sum(r["tokens"] for r in groups) == len(nats)
+        assert sum(r["tokens"] * r["nats"] for r in groups) / len(nats) == pytest.approx(
+            whole, rel=1e-5)
+    assert [r["at_most"] for r in by_position] == [1, 2, 4, 8, 16]
+    assert [r["at_most"] for r in growth.by_position(nats[:60], 12)] == [1, 2, 4, 8, 12]
+    windows = nats.reshape(-1, 16)
+    for row, place in zip(by_position, (np.s_[:1], np.s_[1:2], np.s_[2:4]), strict=False):
+        assert row["nats"] == pytest.approx(windows[:, place].mean(), rel=1e-5)
     seen = Counter(text.train.tolist())
     rare = [n for n, token in zip(nats, text.heldout[1:], strict=False)
             if seen[int(token)] <= rows[0]["at_most"]]
@@ -202,11 +209,28 @@ def test_the_run_that_first_beats_a_table_is_named():
     assert growth.passed(rows, tables) == {"1-gram": 2e9, "2-gram": None}
 
 
+def test_the_best_run_of_every_budget_is_kept():
+    runs = {Path(name): {"flops": {"exact": flops},
+                         "loss": nats and {"nats_per_token": nats}}
+            for name, flops, nats in (("a", 1e9, 3.0), ("b", 1.01e9, 2.9), ("c", 2e9, 2.5),
+                                      ("d", 2e9, 2.7), ("e", 2e9, None), ("f", 9e9, None))}
+    assert list(growth.best(runs)) == [Path("b"), Path("c")]
+
+
 def test_a_heatmap_in_a_terminal_has_a_row_a_token_and_says_what_it_reads_most():
     weights = np.array([[1.0, 0, 0], [0.25, 0.75, 0], [0.6, 0.3, 0.1]])
     lines = terminal.heatmap(weights, ["a", "bb", "c"]).plain.splitlines()
     assert [line.split() for line in lines] == [
         ["a", "1.00", "of", "a"], ["bb", "0.75", "of", "bb"], ["c", "0.60", "of", "a"]]
+
+
+def test_a_heatmap_is_one_line_a_token_however_narrow_the_terminal(monkeypatch):
+    drawn = io.StringIO()
+    monkeypatch.setattr(terminal, "out", Console(file=drawn, width=40))
+    terminal.show(terminal.heatmap(np.tril(np.ones((60, 60))), ["日本", *["word"] * 59]))
+    lines = drawn.getvalue().splitlines()
+    assert len(lines) == 61 and lines[0].startswith("日本  ") and lines[59].startswith("word ")
+    assert all(line.endswith(("of 日本", "")) for line in lines) and len(lines[59]) > 60
 
 
 def test_figures_of_the_inside_hold_what_they_are_given(inside):

@@ -21,6 +21,7 @@ from test_model_decoder import drawn, forward
 from test_text_tokenizer import learnt  # noqa: F401
 
 from tinylm.config import BadInput
+from tinylm.look import heads
 from tinylm.model import generate
 from tinylm.model.decoder import ModelConfig, init
 from tinylm.serve import engine as engines
@@ -476,7 +477,7 @@ def test_a_client_that_leaves_ends_its_request(address, engine, monkeypatch):
     assert seen[0].cancelled
 
 
-def test_what_is_typed_comes_back_as_text_and_views_answer(address):
+def test_what_is_typed_comes_back_as_text_and_views_answer(address, models):
     script = "<script>alert(1)</script>"
     status, body = post(address + "/look/tokens", json.dumps(
         {"model": "base", "text": script}).encode())
@@ -490,6 +491,9 @@ def test_what_is_typed_comes_back_as_text_and_views_answer(address):
         {"model": "base", "text": "the boat", "pair": [1, 0, 2, 1]}).encode())[1])
     exact = np.exp(found["worked"]["score"]) / found["worked"]["total"]
     assert exact == pytest.approx(found["worked"]["weight"], abs=2e-3)
+    base = models["base"]
+    assert np.allclose(found["habits"]["induction"],
+                       heads.habits(base.config, base.params).induction, atol=1e-3)
     for bad in ({"pair": [9, 0, 0, 0]}, {"pair": "x"}, {"text": 3}, {"text": "x" * 30_000},
                 {"model": "none"}, {"model": []}, {"model": {}}):
         asked = {"model": "base", "text": "the", **bad}

@@ -60,6 +60,7 @@ def test_a_hovered_cell_says_its_weight_and_a_clicked_one_is_worked_out(page):
     for head in (0, 1):
         page.select_option("#head", index=head)
         page.wait_for_selector(f"#sum:has-text('head {head + 1}')")
+        page.wait_for_selector("#habits:has-text('(induction)')")
 
 
 def test_layers_and_next_words_follow_the_text(page):
@@ -107,6 +108,7 @@ def test_an_answer_is_stopped_or_left_on_its_way_and_the_next_talk_is_sound(
     monkeypatch.setattr(engine, "ask", lambda request: (seen.append(request), ask(request)))
     page.click("#tab-chat")
     page.select_option("#model", "base")
+    page.fill("#temperature", "0")  # no draw ends the answer with its first token
     for button in ("#stop", "#fresh"):
         page.fill("#said", "the boat")
         page.press("#said", "Enter")

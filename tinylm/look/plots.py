@@ -272,8 +272,14 @@ def depths(found: Depth, words: list[str], names: list[list[str]]) -> Figure:
 
 
 def growth(rows: list[dict[str, Any]]) -> Figure:
-    """Draw the strongest head's habits, and what a repeat gains, over the runs' compute."""
-    figure, ax = _axes("training FLOPs", "mean attention weight of the strongest head")
+    """Draw what comes with compute: habits and the gain on a repeat, loss by place and by token.
+
+    `rows` are look/growth's, a run or a checkpoint each.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure((11, 4.3), layout="constrained")
+        ax, *panels = figure.subplots(1, 3)
+    ax.set(xlabel="training FLOPs", ylabel="attention weight of the strongest head", xscale="log")
     at = [row["FLOPs"] for row in rows]
     for name, colour, mark in (("previous", BLUE, "o"), ("first", ORANGE, "s"),
                                ("induction", GREEN, "^")):
@@ -282,7 +288,20 @@ def growth(rows: list[dict[str, Any]]) -> Figure:
     other.scatter(at, [row["gain"] for row in rows], s=20, color=RED, marker="x")
     other.set_ylabel("gain on a repeat (nats a token, red crosses)", color=RED)
     other.grid(False)
-    return _done(ax, f"A repeat is easier by up to {max(r['gain'] for r in rows):.2f} nats a token")
+    for panel, key, name in zip(panels, ("by_position", "by_frequency"),
+                                ("tokens read", "occurrences in training"), strict=True):
+        edges = [max(group["at_most"], 0.5) for group in rows[0][key]]
+        for n, row in enumerate(rows):
+            panel.plot(edges, [group["nats"] for group in row[key]], lw=1,
+                       color=matplotlib.colormaps["viridis"](0.9 * n / max(len(rows) - 1, 1)),
+                       label=f"{scientific(row['FLOPs'], 1)} FLOPs" if n in (0, len(rows) - 1)
+                       else None)
+        panel.set(xlabel=f"{name}, at most", ylabel="loss (nats per token)", xscale="log")
+        panel.set_xticks(edges, [f"{group['at_most']:,}" for group in rows[0][key]], rotation=45,
+                         ha="right")
+        panel.set_xticks([], minor=True)
+        panel.legend(fontsize=8)
+    return _done(ax, f"A repeat is easier by up to {max(r['gain'] for r in rows):.2f} nats")
 
 
 def cost(rows: list[dict[str, Any]]) -> Figure:

@@ -20,7 +20,8 @@ from tinylm.train import run
 KINDS = ("sweep", "tuning", "position", ".")  # folders of runs; target and chat lie at the top
 SPENT = ("compute", "sample", "compile", "wait", "start", "input", "save", "evaluate")
 RESTS_ON = ("baselines.json", "tuning.json", "law.json", "forecast.json", "score.json",
-            "samples.json", "alignment.json", "target/record.json", "chat/record.json")
+            "growth.json", "samples.json", "alignment.json", "target/record.json",
+            "chat/record.json")
 PIECES = 90  # tokens of held-out text shown in colours
 WORDS = 12  # long words shown in pieces
 
@@ -232,6 +233,13 @@ def coverage(study: Study) -> str:
         f"This interval joins, as standard deviations of the loss: {said}.") if parts else "")
 
 
+def learnt(study: Study) -> str:
+    """Show what heads and tokens gained along the best run of every budget and the held-out run."""
+    rows = study.part("growth.json")["rows"]
+    return page.figure(plots.svg(plots.growth(rows)), "Left: on random pieces said twice. Middle "
+                       "and right: held-out text, a line a run, the lighter the more compute.")
+
+
 def samples(study: Study) -> str:
     """Lay the first samples of both models side by side."""
     found = study.part("samples.json")["samples"]
@@ -321,5 +329,6 @@ SECTIONS: dict[str, list[Any]] = {
     "Baselines and transformers": [baselines], "Learning rates": [rates],
     "Loss at equal compute": [isoflops, exponents], "The frontier and the forecast": [frontier],
     "Which law, and how far to believe it": [forms, certificates, coverage],
-    "Samples": [samples, stages_of_chat], "Five questions": [questions],
-    "All runs": [every_run, times], "How this was measured": [measured]}
+    "What comes with compute": [learnt], "Samples": [samples, stages_of_chat],
+    "Five questions": [questions], "All runs": [every_run, times],
+    "How this was measured": [measured]}

@@ -1,9 +1,12 @@
 """Views drawn for a terminal with rich: tables, shaded heatmaps, coloured pieces."""
 
 import math
+import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -20,9 +23,15 @@ if not out.is_terminal:
 
 
 def show(*what: object) -> None:
-    """Print views to stdout."""
+    """Print views to stdout; a text that is not to be wrapped stays a line a line."""
     for one in what:
-        out.print(one, markup=False, highlight=False)
+        out.print(one, markup=False, highlight=False, crop=False,
+                  soft_wrap=isinstance(one, Text) and bool(one.no_wrap))
+
+
+def svg(title: str) -> str:
+    """Give what was shown while `out.record` was set, as an SVG file that fetches nothing."""
+    return re.sub(r"@font-face \{[^}]*\}", "", out.export_svg(title=title))
 
 
 def next_words(found: dict[str, list[Next]], tokenizer: Tokenizer) -> Table:
@@ -47,13 +56,14 @@ def name_of(tokenizer: Tokenizer, id: int) -> str:
 
 def heatmap(weights: np.ndarray, words: Sequence[str]) -> Text:
     """Draw one head's weights [T, T]: a row is a token reading, its shades what it reads."""
-    wide = max(map(len, words))
-    drawn = Text()
+    wide = max(map(cell_len, words))
+    cell = "  " if 2 * len(words) + 2 * wide + 12 <= out.width else " "
+    drawn = Text(no_wrap=True)
     for t, row in enumerate(weights):
-        drawn.append(f"{words[t]:>{wide}} ")
+        drawn.append(" " * (wide - cell_len(words[t])) + words[t] + " ")
         for w in row[: t + 1]:
             shade = round(255 - 215 * float(w))
-            drawn.append("  ", style=f"on rgb({shade},{shade},255)")
+            drawn.append(cell, style=f"on rgb({shade},{shade},255)")
         most = int(row[: t + 1].argmax())
         drawn.append(f" {row[most]:.2f} of {words[most]}\n", style="dim")
     return drawn
@@ -105,9 +115,22 @@ def depths(found: Depth, words: Sequence[str], tokenizer: Tokenizer) -> Table:
     return drawn
 
 
-def growth(rows: list[dict[str, float]]) -> Table:
-    """Draw what grows with compute, a row a run, least compute first."""
-    drawn = Table()
+def growth(rows: list[dict[str, Any]]) -> list[Table]:
+    """Draw what grows with compute, a row a run or checkpoint: habits, loss by position, by
+    frequency.
+    """
+    groups = {"by_position": "nats a token by the number of tokens read, at most",
+              "by_frequency": "nats a token by its occurrences in training, at most"}
+    name = next(iter(rows[0]))
+    flat = [{k: v for k, v in row.items() if k not in groups} for row in rows]
+    drawn = [_table("", flat)]
+    return drawn + [_table(title, [{name: row[name], **{f"{g['at_most']:,}": g["nats"]
+                                                        for g in row[key]}} for row in rows])
+                    for key, title in groups.items()]
+
+
+def _table(title: str, rows: list[dict[str, Any]]) -> Table:
+    drawn = Table(title=title or None, title_justify="left")
     for column in rows[0]:
         drawn.add_column(column.replace("_", " "), justify="right")
     for row in rows:

@@ -112,7 +112,7 @@ def _position_weights(folder: Path, tokenizer: str) -> tuple[ModelConfig, Params
 
 
 def attention(model: Model, body: dict[str, Any]) -> dict[str, Any]:
-    """Give every head's weights, and one weight worked out where `pair` names it."""
+    """Give every head's weights and habits, and one weight worked out where `pair` names it."""
     inside, words, cut = _captured(model, body["text"])
     pair = body.get("pair")
     if pair is None:
@@ -124,9 +124,18 @@ def attention(model: Model, body: dict[str, Any]) -> dict[str, Any]:
         raise Refused("pair", "pair is layer, head, reading and read token, from 0, of "
                               f"{L} layers, {H} heads and {T} tokens")
     one = heads.worked(inside, *pair)
-    return {"words": words, "cut": cut,
+    return {"words": words, "cut": cut, "habits": _habits(model),
             "weights": np.round(np.asarray(inside.weights, float), 4).tolist(), "pair": list(pair),
             "worked": {k: np.round(v, 4).tolist() for k, v in one._asdict().items()}}
+
+
+@functools.cache
+def _habits(model: Model) -> dict[str, Any]:
+    """Give heads.Habits of a model; nothing for one whose context is too short to repeat."""
+    if model.config.T < 4:
+        return {}
+    found = heads.habits(model.config, model.params)
+    return {name: np.round(scores, 3).tolist() for name, scores in found._asdict().items()}
 
 
 def layers(model: Model, body: dict[str, Any]) -> dict[str, Any]:

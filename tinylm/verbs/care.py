@@ -13,7 +13,7 @@ from tinylm.train import run
 
 NOTES = ("config.json", "plan.json", "record.json", "failure.json", "environment.json",
          "sweep.json", "tuning.json", "baselines.json", "law.json", "forecast.json", "score.json",
-         "samples.json", "alignment.json", "guard.json", "report.json")
+         "growth.json", "samples.json", "alignment.json", "guard.json", "report.json")
 """the files that a run, a sweep and a study leave outside sealed folders"""
 CLOCKS = ("timing.jsonl", "workers.jsonl", "stages.jsonl")
 """and the logs whose rows are sealed each"""

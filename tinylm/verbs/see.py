@@ -62,7 +62,7 @@ def look(view: Positional[Literal[
         at: step of a checkpoint that the run kept (tinylm train --keep); 0: the last
         lens: for layers: the run's tuned lens (tinylm lens); none: the logit lens
         prepared: the prepared folder of the run, where it has moved
-        out: write it too: .html, or its picture as .svg or .png
+        out: write it too: .html, .svg, or its figure as .png (attention, heads, layers, growth)
     """
     given = {"text": text != TEXT, "beside": beside, "layer": layer, "head": head, "pair": pair,
              "k": k != K, "system": system, "at": at, "lens": lens}
@@ -74,11 +74,11 @@ def look(view: Positional[Literal[
     draw = {"tokens": _tokens, "next": _next, "attention": _attention, "heads": _heads,
             "layers": _layers, "growth": _growth, "chat": _chat}[view]
     require("at", at, 0, 1e9)
-    if out and out.suffix != ".html" and (out.suffix not in (".svg", ".png")
-                                          or view in ("tokens", "next", "chat")):
-        raise BadInput(f"--out {out}: {view} cannot be written so; give .html, or .svg or .png to "
+    drawn = view not in ("tokens", "next", "chat")
+    if out and out.suffix not in (".html", ".svg", *[".png"] * drawn):
+        raise BadInput(f"--out {out}: {view} cannot be written so; give .html or .svg, or .png to "
                        "attention, heads, layers or growth")
-    terminal.out.record = out is not None and out.suffix == ".html"
+    terminal.out.record = out is not None and (out.suffix == ".html" or not drawn)
     figure = draw(target, text, beside=beside, layer=layer, head=head, pair=pair, k=k,
                   system=system, at=at, fitted=lens, prepared=prepared)
     if out:
@@ -209,20 +209,17 @@ def _chat(target, text, beside, system, prepared, **_):
 
 
 def _growth(target, text, prepared, **_):
-    if (target / "record.json").exists() and len(checkpoint.held(target)) > 1:
-        config, data, _ = models.opened(target, prepared)
-        rows = growth.history(config, target, folders.finished(target), data)
-        terminal.show(terminal.growth(rows))
-        return plots.growth(rows)
     if (target / "record.json").exists():
-        rows = growth.ladder({target: folders.finished(target)})
+        runs = {target: folders.finished(target)}
     else:
-        inside = target / "sweep" if (target / "sweep").is_dir() else target
-        places = {files.read_json(p)["id"]: p.parent for p in inside.rglob("record.json")}
-        rows = growth.ladder({places[r["id"]]: r for r in folders.records(target)})
+        runs = growth.of_study(target, folders.records(target))
+    config, data, _ = models.opened(next(iter(runs)), prepared)
+    with progress.bar("growth") as told:
+        rows = (growth.history(config, target, runs[target], data, told)
+                if len(checkpoint.held(target)) > 1 else growth.ladder(runs, data, told))
     if not rows:
         raise BadInput(f"{target} holds no run that came to a loss; give the folder of a sweep")
-    terminal.show(terminal.growth(rows))
+    terminal.show(*terminal.growth(rows))
     if (target / "baselines.json").exists():
         for name, flops in growth.passed(rows, files.read_json(target / "baselines.json")[
                 "tables"]).items():
@@ -257,4 +254,4 @@ def _write(figure, out: Path, title: str) -> None:
     elif out.suffix == ".png":
         files.write_bytes(out, plots.png(figure))
     else:
-        files.write_text(out, plots.standalone(figure))
+        files.write_text(out, plots.standalone(figure) if figure else terminal.svg(title))

@@ -106,7 +106,12 @@ function showAttention(found) {
 }
 
 function heat() {
-  const weights = inside.weights[$("layer").value][$("head").value], rows = [make("tr")];
+  const layer = $("layer").value, head = $("head").value, habits = inside.habits;
+  const weights = inside.weights[layer][head], rows = [make("tr")];
+  const of = (name) => habits[name][layer][head].toFixed(2);
+  $("habits").hidden = !habits.nats;
+  if (habits.nats) $("habits").textContent = `On random pieces said twice this head gives the token before ${of("previous")}, the first token `
+    + `${of("first")}, and in the repeat ${of("induction")} to what followed the same token (induction).`;
   rows[0].append(make("th"), ...inside.words.map((word) => make("th", word, "top")));
   weights.forEach((row, t) => {
     const line = make("tr");
