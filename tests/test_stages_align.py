@@ -189,16 +189,17 @@ def test_a_guard_whose_process_dies_comes_again(tmp_path, tuned, data, config,  
     assert cut["policy"] == whole["policy"]
 
 
-def test_what_is_cut_off_is_paid_the_penalty_and_the_loss_sees_the_sampler_s_temperature(
-        tmp_path, tuned, data, config, prompts):  # noqa: F811
+@pytest.mark.parametrize(("score", "cut"), [(1.0, -0.5), (-2.0, -2.0)])
+def test_what_is_cut_off_is_paid_the_penalty_at_most_and_the_loss_sees_the_sampler_s_temperature(
+        tmp_path, tuned, data, config, prompts, score, cut):  # noqa: F811
     wanted = wanted_of("grpo", config, prompts, rollouts=1, temperature=1.6, budget=3, beta=0.0,
                        kl="k2")
     record = policy(tmp_path / "run", wanted, tuned, prompts,
-                    lambda rolled, asked: np.ones(len(asked), np.float32), data, PLANS)
+                    lambda rolled, asked: np.full(len(asked), score, np.float32), data, PLANS)
     first = record["policy"]["first"]
     ended = first["train/ended_share"]
     assert 0 < ended < 1
-    assert first["train/reward"] == pytest.approx(ended - 0.5 * (1 - ended), abs=1e-5)
+    assert first["train/reward"] == pytest.approx(score * ended + cut * (1 - ended), abs=1e-5)
     assert first["train/clipped"] == 0
     assert first["train/old_kl_nats"] == pytest.approx(0, abs=1e-4)
 

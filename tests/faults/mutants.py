@@ -131,7 +131,7 @@ ALIGNMENT = (
     ("train/rewards.py", "(jnp.where(real, a, following), jnp.where(real, v, value))", "(a, v)"),
     ("train/rewards.py", "jnp.maximum(count - 1, 1) + 1e-8)", "jnp.maximum(count, 1) + 1e-8)"),
     ("train/rewards.py", "return apart * count / jnp.maximum(count - 1, 1) if", "return apart if"),
-    ("stages/policy.py", "judge(rolled, asked), config.truncated)", "judge(rolled, asked), 0.0)"),
+    ("stages/policy.py", "np.minimum(scores, config.truncated))", "np.minimum(scores, 0.0))"),
     ("stages/policy.py", "            guard.unlink()", "            pass"),
     ("evaluate/rates.py", "side=\"right\")", "side=\"left\") + 1"),
 )

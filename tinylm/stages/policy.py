@@ -71,7 +71,7 @@ class Dials:
     length: Literal["response", "tokens", "budget"] = "tokens"
     """what counts once: a response's mean, a token, or a response over the budget"""
     truncated: float = -1.0
-    """score of a response that does not close its turn within the budget"""
+    """most that a response is scored that does not close its turn within the budget"""
     max_kl: float = 50.0
     """nats of KL to the reference, a response, at which the run ends"""
     min_entropy: float = 0.0
@@ -260,7 +260,8 @@ def turn(config: PolicyConfig, ref: Params, prompts: Sequence[np.ndarray], judge
     with clock.doing("sample"):
         rolled = rollout(config.model, spoken(state.params), [prompts[i] for i in asked],
                          padded(prompts), config.budget, key, config.temperature, place)
-    scores = np.where(rolled.ended > 0, judge(rolled, asked), config.truncated)
+    scores = judge(rolled, asked)
+    scores = np.where(rolled.ended > 0, scores, np.minimum(scores, config.truncated))
     found = measured(config.model, spoken(state.params), ref, rolled, config.temperature, place,
                      at_once)
     told = summary(rolled, scores, found)
