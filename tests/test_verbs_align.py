@@ -31,7 +31,7 @@ def chain(tmp_path_factory):
     last(tinylm("train", "--out", folder / "base", "--corpus", text, "--model.V", 128, "--model.D",
                 16, "--model.T", 96, "--batch", 192, "--steps", 20, "--json"))
     last(tinylm("sft", folder / "base", "--out", folder / "sft", "--corpus", text, "--tasks", 300,
-                "--replay", 0.25, "--steps", 20, "--rows", 8, "--json"))
+                "--replay", 0.25, "--steps", 20, "--rows", 8, "--probe-every", 8, "--json"))
     rows = [{"prompt": f"Say: {a}{b}", "chosen": a + b, "rejected": b + a}
             for a in "bdgklmnr" for b in "aeiou"]
     (folder / "ranked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -43,6 +43,9 @@ def test_tuning_mixes_tasks_and_replays_base_text(chain):
     assert record["config"]["replay"] == 0.25 and record["epochs"] > 0
     answers = record["answers_nats_per_token"]
     assert answers["after"] < answers["before"]
+    looks = [row["step"] for row in files.read_lines(chain / "sft/metrics.jsonl")
+             if "heldout/answers_nats_per_token" in row]
+    assert looks == [16]  # the end of the chunk that holds steps 8 and 16
 
 
 def test_rankings_make_a_reward_model_that_policies_are_tuned_against(chain):
@@ -93,6 +96,12 @@ def test_bad_lines_are_refused_or_put_aside_with_their_reasons(chain):
         rows = files.read_lines(chain / f"torn-{verb}/quarantine.jsonl")
         assert [row["where"].split(":")[-1] for row in rows] == ["41", "42"]
         assert "is not JSON" in rows[1]["reason"] and rows[1]["line"] == '{"torn": '
+    for out, more in ((chain / "new", ()), (chain / "torn-dpo", ("--seed", 1))):
+        before = sorted(p.name for p in out.iterdir()) if more else None
+        late = tinylm("dpo", chain / "sft", "--out", out, "--data", torn, "--pairs", 4, "--steps",
+                      1, "--skip-bad-lines", *(more or ("--heldout", 5)))
+        assert late.returncode == 2 and late.stderr.count("error: ") == 1
+        assert (sorted(p.name for p in out.iterdir()) if out.exists() else None) == before
     torn.write_text('{"torn": \n')
     none = tinylm("sft", chain / "base", "--out", chain / "new", "--data", torn, "--skip-bad-lines")
     assert none.returncode == 2 and "all 1 lines are bad" in none.stderr

@@ -60,14 +60,15 @@ def reward(parent: Positional[Path], out: Path, data: tuple[Path, ...] = (), sam
     """
     model, tokens, learnt = models.opened(parent, text)
     judging.RewardConfig(model, optim, steps=steps or 1, prompts=prompts, center=center, seed=seed)
+    aside = folders.Aside(out, skip_bad_lines)
     train, held, ceiling = _rankings(
-        parent, model, learnt, data, (out, skip_bad_lines), heldout, seed,
+        parent, model, learnt, data, aside, heldout, seed,
         Sampling(sampled, family, responses, sharpness, budget))
     steps = steps or max(1, len(train.tokens) // prompts)
     config = judging.RewardConfig(model, optim, folders.finished(parent)["id"],
                                   f"{train.id}{held.id}", steps, prompts, center, ceiling, seed)
     plan = folders.plan_of(out, prompts, model.shape)
-    with progress.bar("reward model", steps) as event:
+    with aside.kept(), progress.bar("reward model", steps) as event:
         record = judging.reward(out, config, parent, train, held, tokens.tokenizer_id,
                                 tokens.folder.parent, plan, event)
     progress.answer(record, json, alignment.judged(record))
@@ -107,13 +108,14 @@ def dpo(parent: Positional[Path], out: Path, data: tuple[Path, ...] = (), sample
     model, tokens, learnt = models.opened(parent, text)
     preferring.DpoConfig(model, optim, steps=steps or 1, pairs=pairs, beta=beta,
                          smoothing=smoothing, seed=seed)
-    train, held, _ = _rankings(parent, model, learnt, data, (out, skip_bad_lines), heldout, seed,
+    aside = folders.Aside(out, skip_bad_lines)
+    train, held, _ = _rankings(parent, model, learnt, data, aside, heldout, seed,
                                Sampling(sampled, family, responses, sharpness, budget))
     steps = steps or max(1, int(train.wins.sum()) // pairs)
     config = preferring.DpoConfig(model, optim, folders.finished(parent)["id"],
                                   f"{train.id}{held.id}", steps, pairs, beta, smoothing, seed)
     plan = folders.plan_of(out, pairs, model.shape)
-    with progress.bar("dpo", steps) as event:
+    with aside.kept(), progress.bar("dpo", steps) as event:
         record = preferring.dpo(out, config, parent, train, held, tokens, plan, event)
     progress.answer(record, json, alignment.preferred(record))
     if record["status"] != "ok":
@@ -247,14 +249,14 @@ class Sampling(NamedTuple):
 
 
 def _rankings(parent: Path, model: ModelConfig, learnt: Tokenizer, data: tuple[Path, ...],
-              quarantine: tuple[Path, bool], heldout: float, seed: int,
+              aside: folders.Aside, heldout: float, seed: int,
               how: Sampling) -> tuple[Ranked, Ranked, float]:
     """Give rankings to train on and to judge by, and a perfect judge's accuracy (0: unknown)."""
     if bool(data) == bool(how.tasks):
         raise BadInput("give either --data with rankings or --sampled with the number of tasks "
                        "to sample and rank")
     if data:
-        read = folders.read_lines(data, preferences.read_jsonl, *quarantine)
+        read = folders.read_lines(data, preferences.read_jsonl, aside)
         (train, lost), (held, more) = (preferences.ranked(side, learnt, model.T)
                                        for side in preferences.split(read, heldout))
         if lost + more:

@@ -1,9 +1,11 @@
 """What the verbs open without JAX: prepared text, the plan of a run, finished runs."""
 
+import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -101,22 +103,38 @@ def text_of(folder: Path) -> Path:
     return Path("TEXT")
 
 
-def read_lines(data: tuple[Path, ...], read: Callable[..., list[Row]], out: Path,
-               skip_bad_lines: bool) -> list[Row]:
-    """Read .jsonl files; lines to be skipped go to OUT/quarantine.jsonl, counted.
+class Aside:
+    """Bad lines that a run leaves out, if they may be skipped, kept beside it with the reasons."""
+
+    def __init__(self, out: Path, skip: bool):
+        self.place, self.refused = out / "quarantine.jsonl", list[lines.Refused]() if skip else None
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """Hold them in OUT/quarantine.jsonl; not where what comes refuses to begin a run."""
+        new = self.refused and not self.place.with_name("config.json").exists()
+        folder, there = self.place.parent, self.place.parent.exists()
+        if new:
+            files.write_text(self.place, "".join(json.dumps(r._asdict()) + "\n"
+                                                 for r in self.refused))
+        try:
+            yield
+        except BadInput:
+            if new and not (folder / "config.json").exists():
+                shutil.rmtree(folder) if not there else self.place.unlink()
+            raise
+
+
+def read_lines(data: tuple[Path, ...], read: Callable[..., list[Row]], aside: Aside) -> list[Row]:
+    """Read .jsonl files; lines that may be skipped are put aside, and counted.
 
     BadInput for the first bad line where none may be skipped, or where all are bad.
     """
-    refused: list[lines.Refused] | None = [] if skip_bad_lines else None
-    found = [row for path in data for row in read(path, refused)]
-    if refused:
+    found = [row for path in data for row in read(path, aside.refused)]
+    if bad := aside.refused:
         if not found:
-            raise BadInput(f"all {len(refused)} lines are bad, the first: {refused[0].reason}")
-        place = out / "quarantine.jsonl"
-        if (out / "config.json").exists():  # a run that has its lines already, or another one
-            return found
-        files.write_text(place, "".join(json.dumps(r._asdict()) + "\n" for r in refused))
-        progress.say(f"{len(refused)} bad lines of {len(refused) + len(found)} left out; {place} "
+            raise BadInput(f"all {len(bad)} lines are bad, the first: {bad[0].reason}")
+        progress.say(f"{len(bad)} bad lines of {len(bad) + len(found)} left out; {aside.place} "
                      "holds them with the reasons")
     return found
 

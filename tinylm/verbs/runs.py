@@ -143,7 +143,7 @@ def sft(parent: Positional[Path], out: Path, data: tuple[Path, ...] = (),
         corpus: tuple[str, ...] = (), field: str = "text", text: Path | None = None,
         tasks: int = 0, optim: OptimConfig = OptimConfig(lr=1e-3, decay=1.0),  # noqa: B008
         steps: int = 400, rows: int = 16, replay: float = 0.0, seed: int = 0,
-        skip_bad_lines: bool = False, json: bool = False) -> None:
+        probe_every: int = 100, skip_bad_lines: bool = False, json: bool = False) -> None:
     """Tune a finished run on conversations, with the loss on what the assistant says.
 
     Args:
@@ -160,6 +160,8 @@ def sft(parent: Positional[Path], out: Path, data: tuple[Path, ...] = (),
         rows: packed rows a step
         replay: share of the rows that are base text, one at least; all of their tokens count
         seed: of the order of the rows
+        probe_every: about so many steps between two looks at held-out answers, in metrics.jsonl;
+            0: none
         skip_bad_lines: put bad lines of the data into OUT/quarantine.jsonl instead of refusing
         json: print the record on the last line
     """
@@ -168,17 +170,19 @@ def sft(parent: Positional[Path], out: Path, data: tuple[Path, ...] = (),
         raise BadInput(f"--data {data[0]} and --corpus {corpus[0]} both hold conversations; give "
                        "one of them")
     require("tasks", tasks, 0, 1e6)
-    tuning.SftConfig(config, optim, "", "", steps, rows, replay, seed)
-    read = folders.read_lines(data, read_jsonl, out, skip_bad_lines)
+    tuning.SftConfig(config, optim, "", "", steps, rows, replay, seed, probe_every)
+    aside = folders.Aside(out, skip_bad_lines)
+    read = folders.read_lines(data, read_jsonl, aside)
     packed = (_talks(read, learnt, config.T) if data else tuning.pack_splits(
         corpora.load(corpus, field), learnt, config.T, steps, rows))
     if tasks:
         packed = tuning.with_tasks(packed, tasks, learnt, config.T, seed,
                                    math.inf if data else tuning.TALKS)
     wanted = tuning.SftConfig(config, optim, folders.finished(parent)["id"],
-                              tuning.conversations_id(*packed), steps, rows, replay, seed)
+                              tuning.conversations_id(*packed), steps, rows, replay, seed,
+                              probe_every)
     plan = folders.plan_of(out, rows, config.shape)
-    with progress.bar("sft", steps) as event:
+    with aside.kept(), progress.bar("sft", steps) as event:
         record = tuning.sft(out, wanted, parent, *packed, tokens, plan, event)
     progress.answer(record, json, progress.result(record))
     if record["status"] != "ok":
