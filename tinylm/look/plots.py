@@ -341,7 +341,8 @@ def overoptimised(rows: list[dict[str, Any]]) -> Figure:
             ax.plot(d, proxy - proxy[0], ":", color=colour)
         ax.set_title(f"{way}, {count} pairs", loc="left")
         ax.set_xlabel("sqrt(KL)")
-    panels[0, 0].set_ylabel("gold (line), proxy (dots) above the start")
+    for ax in panels[:, 0]:
+        ax.set_ylabel("gold (line), proxy (dots)")
     panels[0, 0].legend(fontsize=8)
     return figure
 
