@@ -7,7 +7,6 @@ runs beyond a sweep. Read and scored by calibrate_intervals.py.
 
 import csv
 import io
-import json
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +19,6 @@ from tinylm.laws.fit import fit_frontier, fit_surface, resample
 from tinylm.laws.forecast import naive
 from tinylm.laws.isoflop import Minimum, group, minima
 from tinylm.laws.runs import Runs, read_csv
-from tinylm.sweep import law
 
 STUDIES = {
     "llama3": ("llama3_isoflop.csv", {"condition": "raw_loss"}),
@@ -30,9 +28,9 @@ STUDIES = {
     "misfitting": ("misfitting_isoflop.csv", {}),
     "chinchilla": ("chinchilla_epoch.csv", {}),
     "pilot": ("pilot_small.csv", {"tag": "grid"}),
-}  # and `laptop`, our own
-HELD_OUT = {"tag": "held"}  # the run that the pilot's registered forecast was about
-LAPTOP = Path(__file__).parent / "results" / "laptop"
+}
+LAPTOP = Path(__file__).parent / "results" / "laptop_runs.csv"  # our own, the tenth default study
+HELD_OUT = {"tag": "held"}  # the run that a registered forecast was about, the pilot's and ours
 CHINCHILLA = (6e18, 1e19, 3e19, 6e19, 1e20, 3e20, 6e20, 1e21, 3e21)  # nominal budgets
 LEAST_FACTOR = 1.4  # nearer targets are interpolation
 THREE = ("frontier_floor", "power_law_last4", "surface_near")  # the rule before, weighted equally
@@ -88,8 +86,9 @@ def every(folder: Path) -> list[Row]:
     rows = [row for name in STUDIES for row in backtest(name, *load(name, folder))]
     held = read_csv(folder / STUDIES["pilot"][0], HELD_OUT)
     rows += beyond("pilot", load("pilot", folder)[0], held)
-    laptop = records("sweep/*")
-    return [*rows, *backtest("laptop", laptop), *beyond("laptop", laptop, records("target"))]
+    laptop = read_csv(LAPTOP, {"tag": "sweep"})
+    return [*rows, *backtest("laptop", laptop),
+            *beyond("laptop", laptop, read_csv(LAPTOP, HELD_OUT))]
 
 
 def load(name: str, folder: Path) -> tuple[Runs, np.ndarray | None]:
@@ -97,12 +96,6 @@ def load(name: str, folder: Path) -> tuple[Runs, np.ndarray | None]:
     file, only = STUDIES[name]
     runs = read_csv(folder / file, only)
     return chinchilla(runs) if name == "chinchilla" else (runs, None)
-
-
-def records(where: str) -> Runs:
-    """Read the runs of our own laptop study (its records are older than their seals)."""
-    told = [json.loads(p.read_text("utf-8")) for p in sorted(LAPTOP.glob(f"{where}/record.json"))]
-    return law.runs_of(told)[0]
 
 
 def chinchilla(runs: Runs) -> tuple[Runs, np.ndarray]:

@@ -5,8 +5,9 @@ question   Gold (text/rubric.py) and proxy against d = sqrt(KL) for best-of-n an
            (Gao et al., 2210.10760), which holds better, and the gold peak of a held-out, larger
            reward model forecast from the smaller ones before it is trained.
 command    python experiments/overoptimisation.py --sft RUN --trunks SMALL.. LARGE --out DIR
-cost       27 minutes on two cores (four trunks of .1 to 1M parameters, --pairs 128 1024)
-expected   proxies of few pairs peak within n = 256, then lose gold; the forecast within .25
+           --pairs 128 1024 --rollouts 30
+cost       27 minutes on two cores (four trunks of .1 to 1M parameters)
+expected   by reward models of few pairs gold peaks within n = 256, then falls; forecast within .25
 result     so it is; best of n: forecast .189 and .285, measured .206 and .306 (128, 1,024 pairs);
            GRPO: .088 and .210, .062 and .119: experiments/results/overoptimisation.json
 

@@ -5,8 +5,8 @@ question   32 clients ask for streams over and over for a minute, on the cores t
 command    python experiments/serving.py RUN --results experiments/results
 cost       about 2 minutes on two cores
 expected   60% of the loop's tokens a second or more, no error
-result     67% (9,942 tokens a second), no error of 6,544 requests, 95% have the first token within
-           .083 s (results/serving.json)
+result     68% (12,330 tokens a second), no error of 6,690 requests, 95% have the first token within
+           .086 s (results/serving.json)
 """
 
 import asyncio

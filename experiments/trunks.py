@@ -5,7 +5,7 @@ question   A branch is bit for bit a lone run at its trunk's rate and warmup. Wh
 command    python experiments/trunks.py --out studies/trunks --seeds 2
 cost       about 5 minutes on two cores
 expected   held-out losses within .005 nats of the lone runs, no sign
-result     mean -.005 (standard error .007) over 8 pairs: no cost seen, .005 not shown; trunks.csv
+result     mean -.005 (standard error .0065) over 8 pairs: no cost seen, .005 not shown; trunks.csv
 """
 
 import csv

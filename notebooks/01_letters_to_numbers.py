@@ -81,7 +81,7 @@ total = found.counts.sum()
 for rank in (1, 10, 100, 1000):
     print(f"the {rank} most frequent ids are {found.counts[:rank].sum() / total:.1%} of the tokens")
 print("the ten most frequent:", [terminal.name_of(tokenizer, i) for i in found.ids[:10]])
-print(tokens.unused(found), "ids never occur in the training tokens")
+print(tokens.unused(found), "pieces and half-bytes never occur in the training tokens")
 notebook.draw(plots.frequencies(found))
 
 # %% [markdown]
@@ -93,6 +93,8 @@ notebook.draw(plots.frequencies(found))
 # %%
 for split, parts in tokens.bytes_per_token(data).items():
     print(split, {part: round(each, 3) for part, each in parts.items()})
+for text in ("The king said to the people", "Der König sprach zum Volk", "for i in range(9):"):
+    print(f"{text!r}: {len(text.encode()) / len(tokenizer.encode(text)):.3f}")
 
 # %% [markdown]
 # ## How many ids?

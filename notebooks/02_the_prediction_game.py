@@ -94,7 +94,7 @@ for name, record in (("position weights", study.records("position")), ("transfor
 show(study, plots.loss_axis)
 
 # %% [markdown]
-# ## Where the transformer wins
+# ## Where the transformer gains
 #
 # The more of the text it has read, the easier the next token is for it, up to the noise of some
 # hundred windows; a table of pairs looks back by one token wherever it stands. And a token that is

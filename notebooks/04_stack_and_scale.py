@@ -100,8 +100,8 @@ else:
 # %% [markdown]
 # ## A forecast, and what came
 #
-# A law through the least losses was followed to a budget far beyond them and written down. Then the
-# model was trained.
+# Laws fitted to the sweep were followed to a budget far beyond it and written down. Then the model
+# was trained.
 
 # %%
 show(study, plots.frontier)

@@ -13,10 +13,10 @@
 # %% [markdown]
 # # Make it chat
 #
-# A base model continues text. Tuned on conversations, the same network answers, and stops. Nothing
-# was added to it: the ids that say who speaks, and where a turn ends, were in its table from the
-# start, and no text that it read had held them. `TINYLM_STUDY` names a study's folder; without it
-# the one in `experiments/results` is read.
+# A base model continues text. Tuned on conversations, the same network answers, and mostly stops.
+# Nothing was added to it: the ids that say who speaks, and where a turn ends, were in its table
+# from the start, and no text that it read had held them. `TINYLM_STUDY` names a study's folder;
+# without it the one in `experiments/results` is read.
 
 # %%
 import os
@@ -58,7 +58,7 @@ print(f"{int(np.sum(learnt_from))} of {len(ids)} ids are learnt from")
 # The likeliest token each time, so the answers are the models' own and no luck of a draw. *(ends)*
 # says that the model ended its turn by itself. The base model is given the prompt as a line of
 # text, for it has not learnt the marks. "lemon" stood in no task that the others were tuned on.
-# *optimised* went on from *chat*: it was paid by a reward model for its own answers.
+# *optimised*, where the study has it, went on from *chat*: a reward model paid it for its answers.
 
 
 # %% tags=["computed"]
@@ -92,10 +92,11 @@ for system in ("", "Answer in upper case.", "You are Olga. Begin with your name.
 # %% [markdown]
 # ## The whole table
 #
-# All models answer the same tasks about words that no training task holds. What is right is decided
-# by a program. Rates have 95% intervals; what tuning forgets is in *bits a byte*. Here the base
-# model is asked in the marks of a conversation too, which it has never seen: its column says where
-# tuning began, not what it could do if it were asked as it likes.
+# All models answer the same tasks about words that no training task holds (the glossary's terms
+# were in training, asked in other phrases). What is right is decided by a program. Rates have 95%
+# intervals; what tuning forgets is in *bits a byte*. Here the base model is asked in the marks of a
+# conversation too, which it has never seen: its column says where tuning began, not what it could
+# do if it were asked as it likes.
 
 # %%
 found = study.optional("alignment.json", {"runs": {}})["runs"]

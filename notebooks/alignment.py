@@ -20,11 +20,13 @@
 # `experiments/results` are read.
 
 # %%
+import csv
 import os
 from pathlib import Path
 
 import tinylm
-from tinylm.look import alignment, plots
+from tinylm import files
+from tinylm.look import alignment, notebook, plots
 from tinylm.look.notebook import show
 from tinylm.look.study import Study
 
@@ -34,9 +36,10 @@ study = Study(Path(os.environ.get("TINYLM_STUDY", home)))
 # %% [markdown]
 # ## One table
 #
-# All models answer the same tasks, about words that no training task holds; the answer is the
-# likeliest one and is right or wrong without a judge. Rates come with 95% intervals. *bits a byte*
-# is base text: what tuning forgets. *KL* is how far a model is from the first column.
+# All models answer the same tasks, about words that no training task holds (the glossary's terms
+# were in training, asked in other phrases); the answer is the likeliest one and is right or wrong
+# without a judge. Rates come with 95% intervals. *bits a byte* is base text: what tuning forgets.
+# *KL*, of samples of an eighth of the tasks, is how far a model is from the first column.
 
 # %%
 found = study.optional("alignment.json", {"runs": {}})["runs"]
@@ -64,7 +67,7 @@ show(study, plots.calibration)
 show(study, plots.policy)
 
 # %% [markdown]
-# ## The same prompts, before and after
+# ## The same prompts, before tuning and after
 #
 # The first samples of a fixed list of prompts: nobody picked.
 
@@ -72,3 +75,27 @@ show(study, plots.policy)
 for sample in study.optional("samples.json", {"samples": []})["samples"]:
     print(f"{sample['model']:>5} | {sample['prompt']} | {sample['text'].strip()!r}"
           + ("" if sample["ended"] else " (cut off)"))
+
+# %% [markdown]
+# ## The second law
+#
+# How far can one go before the true reward falls? An experiment of its own
+# (`experiments/overoptimisation.py`; its record is read here, whatever study is named above):
+# reward models of several sizes, trained on few or many noisy pairs, choose the best of *n*, or a
+# policy is optimised against them. *gold* is the rubric, *proxy* the reward model. The peak of
+# gold with the largest reward model was forecast from the smaller ones before it was trained.
+
+# %%
+told = files.read_json(home.parent / "overoptimisation.json")
+for way in ("best_of_n", "grpo"):
+    for row in told[way]["outcome"]:
+        print(f"{way}, {row['pairs']} pairs: gold's best forecast {row['gold_peak']:.3f}, measured "
+              f"{row['measured_peak']:.3f} (a seed's standard deviation {row['seeds_sd']:.3f})")
+    for row in told[way]["lost"]:
+        print(f"  {row['params']:,} parameters, {row['pairs']} pairs: gold falls by "
+              f"{row['falls']:.2f} after its best"
+              + (", over-optimised" if row["over"] else ", no more than chance"))
+with open(home.parent / "overoptimisation.csv") as file:
+    rows = [{k: v if k == "way" else float(v) for k, v in row.items()}
+            for row in csv.DictReader(file)]
+notebook.draw(plots.overoptimised(rows))

@@ -68,7 +68,7 @@ def table(file, **only):
 #
 # 245 runs read off a figure of Hoffmann et al. by Besiroglu et al. (arXiv 2404.10102). The five
 # with the largest losses are outliers of the early budgets. The published constants are those of
-# least absolute errors; Huber's minimum is another point, with another exponent: the certificate
+# least absolute errors; Huber's minimum is another point, its exponents near: the certificate
 # says that both are minima, the spread over resamples how far apart one should expect such points.
 
 # %% tags=["computed"]

@@ -87,7 +87,7 @@ def passed(rows: list[Row], tables: dict[str, Row]) -> dict[str, float | None]:
     """Give the FLOPs of the least run whose bits per byte beat each n-gram table; None for none."""
     return {f"{order}-gram": min((r["FLOPs"] for r in rows
                                   if r["bits_per_byte"] < table["bits_per_byte"]), default=None)
-            for order, table in tables.items()}
+            for order, table in sorted(tables.items())}
 
 
 def by_position(nats: Float[np.ndarray, "N"], T: int) -> list[Row]:

@@ -339,7 +339,7 @@ def overoptimised(rows: list[dict[str, Any]]) -> Figure:
             d = np.sqrt(np.maximum(kl, 0.0))
             ax.plot(d, gold, "-", color=colour, label=f"{size / 1e6:.2f}M")
             ax.plot(d, proxy - proxy[0], ":", color=colour)
-        ax.set_title(f"{way}, {count} pairs", loc="left")
+        ax.set_title(f"{way}, {count:g} pairs", loc="left")
         ax.set_xlabel("sqrt(KL)")
     for ax in panels[:, 0]:
         ax.set_ylabel("gold (line), proxy (dots)")

@@ -131,7 +131,7 @@ def _tokens(target, text, prepared, **_):
     terminal.show("most frequent in training: " + ", ".join(
         f"“{terminal.name_of(learnt, i)}” {n:,}" for i, n in zip(
             found.ids[:FREQUENT], found.counts[:FREQUENT], strict=True))
-        + f"; {tokens.unused(found)} ids never occur")
+        + f"; {tokens.unused(found)} pieces and half-bytes never occur")
     terminal.show(*(f"{split}: " + ", ".join(f"{part} {b:.3f}" for part, b in parts.items())
                     + " bytes a token" for split, parts in tokens.bytes_per_token(data).items()))
 
