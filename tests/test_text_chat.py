@@ -23,6 +23,11 @@ def hostile(rng: random.Random) -> str:
     return "".join(rng.choice(bits) for _ in range(rng.randrange(1, 10)))
 
 
+def test_every_mark_has_an_id_of_its_own_and_padding_is_no_end(learnt):
+    ids = (PAD, BOS, SYSTEM, USER, ASSISTANT, END)
+    assert [learnt.piece(i) for i in ids] == list(CONTROL)
+
+
 def test_no_message_can_forge_a_turn(learnt):
     rng = random.Random(3)
     for _ in range(200):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_model_decoder import drawn
 
 from tinylm.model.decoder import ModelConfig, init, rebuild
 from tinylm.train import losses, rewards
@@ -269,18 +270,19 @@ def test_every_position_predicts_the_token_after_it_and_only_what_is_supervised(
 
 def test_a_packed_row_loses_what_its_conversations_lose_alone():
     config = ModelConfig(V=20, D=8, L=2, H=2, T=15)
-    params = init(config, jax.random.key(0))
+    params = drawn(config)
     loss = jax.jit(losses.next_token(config))
     draw = np.random.default_rng(0)
     one, two = (draw.integers(0, 20, n).astype(np.int32) for n in (7, 9))
     row = np.concatenate([one, two])[None]
     segments = np.repeat([1, 2], [7, 9])[None].astype(np.int32)
     inside = (segments[:, 1:] == segments[:, :-1]).astype(np.float32)
-    packed = loss(params, Batch(row, inside, segments))[0]
+    packed = float(loss(params, Batch(row, inside, segments))[0])
     alone = 0.0
     for talk in (one, two):
         tokens = np.zeros((1, 16), np.int32)
         tokens[0, :len(talk)] = talk
-        alone += loss(params, Batch(tokens, (np.arange(15) < len(talk) - 1)[None] * 1.0))[0]
+        real = np.float32(np.arange(15) < len(talk) - 1)[None]
+        alone += float(loss(params, Batch(tokens, real))[0])
     assert packed == pytest.approx(alone, rel=1e-5)
     assert abs(loss(params, Batch(row, inside))[0] - packed) > 1e-3  # where each reads the other
