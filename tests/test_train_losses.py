@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_model_decoder import drawn
+from test_model_decoder import drawn as weights_of
 
 from tinylm.model.decoder import ModelConfig, init, rebuild
 from tinylm.train import losses, rewards
@@ -270,7 +270,7 @@ def test_every_position_predicts_the_token_after_it_and_only_what_is_supervised(
 
 def test_a_packed_row_loses_what_its_conversations_lose_alone():
     config = ModelConfig(V=20, D=8, L=2, H=2, T=15)
-    params = drawn(config)
+    params = weights_of(config)
     loss = jax.jit(losses.next_token(config))
     draw = np.random.default_rng(0)
     one, two = (draw.integers(0, 20, n).astype(np.int32) for n in (7, 9))
