@@ -153,7 +153,7 @@ def test_the_notebook_of_alignment_shows_its_stages_or_says_what_is_missing(
     monkeypatch.delenv("TINYLM_STUDY")
     runpy.run_path(str(ROOT / "notebooks/alignment.py"))
     said = capsys.readouterr().out
-    assert said.count("Image object") == 2 and "sentences that win" in said
+    assert said.count("Image object") == 3 and "sentences that win" in said
 
 
 def test_the_notebook_of_published_laws_skips_in_words_what_is_not_there(
