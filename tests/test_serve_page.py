@@ -63,6 +63,13 @@ def test_a_hovered_cell_says_its_weight_and_a_clicked_one_is_worked_out(page):
         page.wait_for_selector("#habits:has-text('(induction)')")
 
 
+def test_a_view_is_opened_by_its_address(page):
+    page.evaluate("location.hash = 'layers'")
+    page.wait_for_selector("#depths td")
+    page.evaluate("location.hash = 'nothing'")
+    page.wait_for_selector("#pieces span")
+
+
 def test_layers_and_next_words_follow_the_text(page):
     page.fill("#text", "the boat")
     page.click("#tab-layers")

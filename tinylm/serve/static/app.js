@@ -339,6 +339,8 @@ fetch("v1/models").then((answer) => answer.json()).then((found) => {
   models = found.data;
   $("model").replaceChildren(...models.map((m) => new Option(`${m.id} (${m.kind})`, m.id)));
   $("beside").replaceChildren(new Option("nobody", ""), ...models.map((m) => new Option(m.id, m.id)));
-  choose(TABS.includes(location.hash.slice(1)) ? location.hash.slice(1) : "tokens");
+  const named = () => choose(TABS.includes(location.hash.slice(1)) ? location.hash.slice(1) : "tokens");
+  window.onhashchange = named;
+  named();
   post("look/next", {model: $("model").value, text: "the"}).catch(() => {});  // counts beforehand
 }).catch(fault);
