@@ -77,6 +77,15 @@ def test_another_temperature_is_another_policy(params, rolled):
         logits)).sum(-1), rtol=1e-4)
 
 
+def test_a_cold_rollout_says_the_likeliest_and_a_hot_one_does_not(params):
+    cold, hot = (rolls.rollout(MODEL, params, PROMPTS, WIDTH, BUDGET, jax.random.key(1), t)
+                 for t in (1e-3, 3.0))
+    likeliest = [row[row >= generate.CONTROL].tolist()
+                 for row in generate.sample(MODEL, params, PROMPTS, BUDGET, 0, 0.0)]
+    assert [ids.tolist() for ids in cold.responses] == likeliest
+    assert [ids.tolist() for ids in hot.responses] != likeliest
+
+
 def test_the_same_key_draws_the_same_and_what_does_not_fit_is_refused(params, rolled):
     again = rolls.rollout(MODEL, params, PROMPTS * 8, WIDTH, BUDGET, jax.random.key(1))
     np.testing.assert_array_equal(again.tokens, rolled.tokens)
