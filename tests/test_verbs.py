@@ -76,6 +76,8 @@ def test_base_and_tuned_answers_are_shown_in_their_tokens_system_prompt_on_and_o
     plain = tinylm("chat", folder / "chat", "--prompt", "say ba", "--temperature", 0).stdout.strip()
     shown = done.stdout.split("answers")[2].splitlines()[1]
     assert plain[:4] and plain[0] in shown
+    grown = tinylm("look", "growth", folder / "chat")  # tuned on talks, scored on the base's text
+    assert grown.returncode == 0 and tuned["id"] in grown.stdout, grown.stderr
     wrong = tinylm("look", "heads", folder / "run", "--system", "x")
     assert wrong.returncode == 2 and "it is for chat" in wrong.stderr
     dropped = tinylm("look", "chat", folder / "run", "--system", "x")

@@ -45,10 +45,10 @@ def ladder(runs: dict[Path, Row], data: Dataset, told: Told = lambda _: None) ->
     rows = []
     kept = {folder: record for folder, record in runs.items() if record["loss"]}
     for folder, record in sorted(kept.items(), key=lambda one: one[1]["flops"]["exact"]):
-        if record["data_id"] != data.id:
-            raise BadInput(f"{folder} was trained on text {record['data_id']}, not {data.id}; give "
-                           "runs of one text")
         config = from_json(ModelConfig, record["config"]["model"], "model")
+        if record["eval_id"] != (found := heldout.eval_id(data, config.T)):
+            raise BadInput(f"{folder} was scored on held-out text {record['eval_id']}, not {found}; "
+                           "give runs of one text")
         rows.append({"run": record["id"], "width": config.D, "layers": config.L,
                      "FLOPs": record["flops"]["exact"],
                      **_learnt(config, checkpoint.final_params(folder, config), data)})
