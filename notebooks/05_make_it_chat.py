@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 import tinylm
-from tinylm.look import alignment, notebook, terminal
+from tinylm.look import alignment, heads, notebook, terminal
 from tinylm.look.study import Study
 from tinylm.model import generate
 from tinylm.text.chat import read, render
@@ -88,6 +88,20 @@ for system in ("", "Answer in upper case.", "You are Olga. Begin with your name.
     print(system or "(none)")
     for name, params in tuned.items():
         print(f"  {name}: {answer(params, 'Say: lemon', system)!r}")
+
+# %% [markdown]
+# ## What tuning changed inside
+#
+# Many of the tasks ask to say again what was said. On random pieces said twice (03_attention): the
+# head that most reads what followed the same piece before, and by how many nats a token the repeat
+# is easier.
+
+# %% tags=["computed"]
+for name, params in {"base": base, **tuned}.items():
+    found = heads.habits(config, params)
+    layer, head = np.unravel_index(found.induction.argmax(), found.induction.shape)
+    print(f"{name:9}  induction {found.induction.max():.3f} (layer {layer + 1}, head {head + 1}), a "
+          f"repeat easier by {found.nats[0] - found.nats[1]:.3f} nats")
 
 # %% [markdown]
 # ## The whole table

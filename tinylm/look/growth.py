@@ -47,8 +47,8 @@ def ladder(runs: dict[Path, Row], data: Dataset, told: Told = lambda _: None) ->
     for folder, record in sorted(kept.items(), key=lambda one: one[1]["flops"]["exact"]):
         config = from_json(ModelConfig, record["config"]["model"], "model")
         if record["eval_id"] != (found := heldout.eval_id(data, config.T)):
-            raise BadInput(f"{folder} was scored on held-out text {record['eval_id']}, not {found}; "
-                           "give runs of one text")
+            raise BadInput(f"{folder} was scored on held-out text {record['eval_id']}, not on "
+                           f"{found}; give runs of one text")
         rows.append({"run": record["id"], "width": config.D, "layers": config.L,
                      "FLOPs": record["flops"]["exact"],
                      **_learnt(config, checkpoint.final_params(folder, config), data)})
