@@ -100,8 +100,8 @@ for system in ("", "Answer in upper case.", "You are Olga. Begin with your name.
 for name, params in {"base": base, **tuned}.items():
     found = heads.habits(config, params)
     layer, head = np.unravel_index(found.induction.argmax(), found.induction.shape)
-    print(f"{name:9}  induction {found.induction.max():.3f} (layer {layer + 1}, head {head + 1}), a "
-          f"repeat easier by {found.nats[0] - found.nats[1]:.3f} nats")
+    print(f"{name:9}  induction {found.induction.max():.3f} (layer {layer + 1}, head {head + 1}), "
+          f"a repeat easier by {found.nats[0] - found.nats[1]:.3f} nats")
 
 # %% [markdown]
 # ## The whole table
