@@ -102,6 +102,12 @@ def test_bad_lines_are_refused_or_put_aside_with_their_reasons(chain):
                       1, "--skip-bad-lines", *(more or ("--heldout", 5)))
         assert late.returncode == 2 and late.stderr.count("error: ") == 1
         assert (sorted(p.name for p in out.iterdir()) if out.exists() else None) == before
+    (chain / "mine").mkdir()
+    (chain / "mine/quarantine.jsonl").write_text("mine")
+    mine = tinylm("dpo", chain / "sft", "--out", chain / "mine", "--data", torn, "--pairs", 4,
+                  "--steps", 1, "--skip-bad-lines")
+    assert mine.returncode == 2 and "holds other lines" in mine.stderr
+    assert [p.read_text() for p in (chain / "mine").iterdir()] == ["mine"]
     torn.write_text('{"torn": \n')
     none = tinylm("sft", chain / "base", "--out", chain / "new", "--data", torn, "--skip-bad-lines")
     assert none.returncode == 2 and "all 1 lines are bad" in none.stderr

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -112,16 +111,20 @@ class Aside:
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
         """Hold them in OUT/quarantine.jsonl; not where what comes refuses to begin a run."""
-        new = self.refused and not self.place.with_name("config.json").exists()
-        folder, there = self.place.parent, self.place.parent.exists()
+        place, begun = self.place, self.place.with_name("config.json")
+        text = "".join(json.dumps(r._asdict()) + "\n" for r in self.refused or ())
+        new = bool(text) and not begun.exists()
+        if new and place.exists() and place.read_text("utf-8", "replace") != text:
+            raise BadInput(f"{place} holds other lines; choose a new folder with --out")
         if new:
-            files.write_text(self.place, "".join(json.dumps(r._asdict()) + "\n"
-                                                 for r in self.refused))
+            files.write_text(place, text)
         try:
             yield
         except BadInput:
-            if new and not (folder / "config.json").exists():
-                shutil.rmtree(folder) if not there else self.place.unlink()
+            if new and not begun.exists():
+                place.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # what others put there stays
+                    place.parent.rmdir()
             raise
 
 
