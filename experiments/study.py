@@ -152,7 +152,7 @@ def chat(out: Path, study: Study, config: PretrainConfig, corpus: corpora.Corpus
     if study.sft_tasks:
         packed = sft.with_tasks(packed, study.sft_tasks, tokenizer, config.model.T, 0)
     tuned = sft.SftConfig(config.model, study.sft, identity(config), sft.conversations_id(*packed),
-                          study.sft_steps, replay=study.replay)
+                          study.sft_steps, replay=study.replay, probe_every=400)
     with progress.bar("instruction tuning", study.sft_steps) as event:
         sft.sft(out / "chat", tuned, out / "target", *packed, data,
                 plan_of(tuned.rows, tuned.model), event)

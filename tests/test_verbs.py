@@ -120,6 +120,22 @@ def test_every_view_of_a_run_is_shown(trained, tmp_path, view, says):
         assert record["id"] in done.stdout
 
 
+@pytest.mark.parametrize("view, says", [
+    ("isoflops", "best size ~ C^0.5"), ("frontier", "inside the interval")])
+def test_the_laws_of_a_study_are_looked_at(tmp_path, view, says):
+    study = ROOT / "experiments/results/laptop"
+    for out in ("view.svg", "view.html", "view.png"):
+        done = tinylm("look", view, study, "--out", tmp_path / out)
+        assert done.returncode == 0 and says in done.stdout, done.stderr
+    assert "FLOPs" in (tmp_path / "view.svg").read_text()
+    assert says.split()[0] in (tmp_path / "view.html").read_text()
+    wrong = tinylm("look", view, tmp_path)
+    assert wrong.returncode == 2 and "holds no law.json; give the folder" in wrong.stderr
+    cut = shutil.copytree(study, tmp_path / "cut", ignore=shutil.ignore_patterns(
+        "checkpoints", "score.json"))
+    assert tinylm("look", view, cut).returncode == (0 if view == "isoflops" else 2)
+
+
 def test_a_view_is_written_as_a_page_that_fetches_nothing(trained, tmp_path):
     folder, _, _ = trained
     for view in ("tokens", "layers"):

@@ -120,6 +120,9 @@ def test_dpo_and_a_table_of_runs_of_one_lineage(chain):
     table = last(tinylm("eval", chain / "sft", "--also", chain / "dpo", chain / "base", "--tasks",
                         11, "--budget", 8, "--json"))["runs"]
     sft, dpo, base = table.values()
+    told = files.read_json(chain / "base/record.json")["loss"]["bits_per_byte"]
+    assert base["bits_per_byte"] == told == pytest.approx(
+        last(tinylm("eval", chain / "base", "--json"))["bits_per_byte"], rel=1e-6)
     assert sft["kl_nats"] == 0 < dpo["kl_nats"] and sft["wins"]["rate"] == 0.5
     assert sft["tasks"] + sft["too_long"] == 11 * 11 + 3 * 11 and base["bits_per_byte"] > 0
     shown = tinylm("eval", chain / "sft", "--also", chain / "dpo", "--tasks", 2, "--budget", 8)

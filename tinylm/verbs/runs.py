@@ -258,7 +258,7 @@ def evaluate(target: Positional[Path], also: tuple[Path, ...] = (), tasks: int =
         for at, (place, n) in enumerate(each):
             params = checkpoint.final_params(place, config)
             row, grades = suite.table_row(asked, config, params, ref, learnt, judge, n)
-            loss = heldout.heldout(config, params, tokens).bits_per_byte
+            loss = _bits_per_byte(place, config, params, tokens)
             first = grades if first is None else first
             name = os.path.relpath(place, out.parent) if out else str(place)
             name += f", best of {n}" if n > 1 else ""
@@ -270,6 +270,14 @@ def evaluate(target: Positional[Path], also: tuple[Path, ...] = (), tasks: int =
     if out:
         files.write_json(out, told)
     progress.answer(told, json, alignment.table(rows, told.get("reward")))
+
+
+def _bits_per_byte(place, config, params, tokens):
+    """Give what the run's record says of this held-out text, or measure it."""
+    record = folders.finished(place)
+    if record["loss"] and record["eval_id"] == heldout.eval_id(tokens, config.T):
+        return record["loss"]["bits_per_byte"]
+    return heldout.heldout(config, params, tokens).bits_per_byte
 
 
 def _talks(read, learnt, T):

@@ -9,6 +9,7 @@ from tyro.conf import Positional
 
 from tinylm import files
 from tinylm.config import BadInput, require
+from tinylm.laws import forecast
 from tinylm.look import (
     depth,
     growth,
@@ -22,6 +23,7 @@ from tinylm.look import (
     tuned,
 )
 from tinylm.look.page import shown
+from tinylm.look.study import Study
 from tinylm.model import generate
 from tinylm.model.baselines import NGram
 from tinylm.model.capture import capture
@@ -34,7 +36,8 @@ TEXT = "The cat sat on the"
 K = 8
 READS = {"tokens": ("text",), "next": ("text", "beside", "k", "at"),
          "attention": ("text", "layer", "head", "pair", "at"), "heads": ("at",),
-         "layers": ("text", "k", "at", "lens"), "growth": (), "chat": ("text", "beside", "system")}
+         "layers": ("text", "k", "at", "lens"), "growth": (), "isoflops": (), "frontier": (),
+         "chat": ("text", "beside", "system")}
 """the options of each view"""
 LONGEST = 2000  # characters of the text whose words are built piece by piece
 WORD = 40  # and of one word
@@ -42,16 +45,18 @@ FREQUENT = 20  # most frequent ids listed
 
 
 def look(view: Positional[Literal[
-             "tokens", "next", "attention", "heads", "layers", "growth", "chat"]],
+             "tokens", "next", "attention", "heads", "layers", "growth", "isoflops", "frontier",
+             "chat"]],
          target: Positional[Path], text: str = TEXT, beside: tuple[Path, ...] = (),
          layer: int = 0, head: int = 0, pair: tuple[int, ...] = (), k: int = K,
          system: str = "", at: int = 0, lens: Path | None = None, prepared: Path | None = None,
          out: Path | None = None) -> None:
-    """Look inside: tokens, next words, attention, heads, layers, growth, and answers in tokens.
+    """Look inside: tokens, next words, attention, heads, layers, growth, laws, answers in tokens.
 
     Args:
         view: what to look at
-        target: folder of a run; for growth of a sweep, a study or a run that kept checkpoints
+        target: folder of a run; for growth of a sweep, a study or a run that kept checkpoints; for
+            isoflops and frontier of a study
         text: what is read
         beside: for next and chat: further runs of the same text, such as a study's position weights
         layer: for attention, from 1; 0 with head 0: the head that looks back most sharply
@@ -62,7 +67,7 @@ def look(view: Positional[Literal[
         at: step of a checkpoint that the run kept (tinylm train --keep); 0: the last
         lens: for layers: the run's tuned lens (tinylm lens); none: the logit lens
         prepared: the prepared folder of the run, where it has moved
-        out: write it too: .html, .svg, or its figure as .png (attention, heads, layers, growth)
+        out: write it too: .html, .svg, or its figure as .png (not of tokens, next and chat)
     """
     given = {"text": text != TEXT, "beside": beside, "layer": layer, "head": head, "pair": pair,
              "k": k != K, "system": system, "at": at, "lens": lens}
@@ -72,12 +77,13 @@ def look(view: Positional[Literal[
                 one for one in READS if name in READS[one]))
     require("k", k, 1, 1000)
     draw = {"tokens": _tokens, "next": _next, "attention": _attention, "heads": _heads,
-            "layers": _layers, "growth": _growth, "chat": _chat}[view]
+            "layers": _layers, "growth": _growth, "isoflops": _isoflops, "frontier": _frontier,
+            "chat": _chat}[view]
     require("at", at, 0, 1e9)
     drawn = view not in ("tokens", "next", "chat")
     if out and out.suffix not in (".html", ".svg", *[".png"] * drawn):
         raise BadInput(f"--out {out}: {view} cannot be written so; give .html or .svg, or .png to "
-                       "attention, heads, layers or growth")
+                       "a view that is a figure")
     terminal.out.record = out is not None and (out.suffix == ".html" or not drawn)
     figure = draw(target, text, beside=beside, layer=layer, head=head, pair=pair, k=k,
                   system=system, at=at, fitted=lens, prepared=prepared)
@@ -226,6 +232,27 @@ def _growth(target, text, prepared, **_):
             terminal.show(f"the {name} table is beaten " + (
                 "by no run" if flops is None else f"from {flops:.3g} FLOPs on"))
     return plots.growth(rows)
+
+
+def _isoflops(target, text, **_):
+    study = Study(target)
+    terminal.show(*progress.curves(_law(study)))
+    return plots.isoflops(study)
+
+
+def _frontier(target, text, **_):
+    study, place = Study(target), target / "forecast.json"
+    terminal.show(progress.law(_law(study)))
+    terminal.show(progress.forecast(forecast.read(place), files.sha256(place)))
+    terminal.show(progress.score(forecast.Score(**study.part("score.json"))))
+    return plots.frontier(study)
+
+
+def _law(study: Study):
+    if not (study.folder / "law.json").exists():
+        raise BadInput(f"{study.folder} holds no law.json; give the folder of a study, or see "
+                       "tinylm fit for a sweep")
+    return study.part("law.json")
 
 
 def _captured(target, text, at, prepared):
