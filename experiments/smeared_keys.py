@@ -70,8 +70,7 @@ def main(args: Args) -> int:
              for models in kinds.values() for seed in range(args.seeds)]
     with progress.live("base") as watch:
         records = runner.sweep(args.out / "base", bases, data.folder, watch)
-    packed = sft.pack_splits(corpus, tokenizer, LAPTOP.base.T, args.steps)
-    packed = sft.with_tasks(packed, args.tasks, tokenizer, LAPTOP.base.T, 0)
+    packed = sft.pack_splits(corpus, tokenizer, LAPTOP.base.T, args.steps, count=args.tasks)
     table = [row(args, config, record, packed, tokenizer, data)
              for config, record in zip(bases, records, strict=True)]
     means = {str(smear): dict(zip(COLUMNS[3:], np.mean([r[3:] for r in table if r[0] == smear],

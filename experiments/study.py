@@ -148,9 +148,8 @@ def grown(out: Path, records: list[dict], data: Dataset) -> None:
 def chat(out: Path, study: Study, config: PretrainConfig, corpus: corpora.Corpus,
          tokenizer: Tokenizer, data: Dataset) -> None:
     """Tune the held-out model on conversations and sample from both."""
-    packed = sft.pack_splits(corpus, tokenizer, config.model.T, study.sft_steps)
-    if study.sft_tasks:
-        packed = sft.with_tasks(packed, study.sft_tasks, tokenizer, config.model.T, 0)
+    packed = sft.pack_splits(corpus, tokenizer, config.model.T, study.sft_steps,
+                             count=study.sft_tasks)
     tuned = sft.SftConfig(config.model, study.sft, identity(config), sft.conversations_id(*packed),
                           study.sft_steps, replay=study.replay, probe_every=400)
     with progress.bar("instruction tuning", study.sft_steps) as event:

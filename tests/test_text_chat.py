@@ -155,6 +155,16 @@ def test_packing_keeps_whole_turns_once_and_alone(T):
     assert sorted(found) == sorted(wanted) and packed.dropped == len(rendered) - len(wanted)
 
 
+@pytest.mark.parametrize("most", [1, 5, 2.5, 40, 9999])
+def test_the_first_rows_are_packed_without_reading_what_cannot_lie_in_them(most):
+    rendered, T = conversations(33, 600), 33
+    whole, unread = chat.pack(rendered, T), iter(rendered)
+    some = chat.pack(unread, T, most)
+    for got, want in zip(some[:3], whole[:3], strict=True):
+        np.testing.assert_array_equal(got, want[:int(most)])
+    assert (len(list(unread)) > 0) == (len(whole.tokens) > most + chat.OPEN_ROWS)
+
+
 def test_the_packed_mask_marks_the_position_that_predicts(learnt):
     ids, mask = chat.render(TALK, learnt)
     packed = chat.pack([(ids, mask)] * 2, 2 * len(ids) + 3)
@@ -196,7 +206,7 @@ def test_packing_nothing_gives_no_rows():
                                   "\u8239" * 30 + " the tea"])
 def test_text_without_turns_is_cut_to_pairs_that_fit_a_row(learnt, line):
     documents = [Document(line * 3, "all", "a"), Document(line, "all", "b")]
-    made = chat.conversations(documents, learnt, 64)
+    made = list(chat.conversations(documents, learnt, 64))
     assert len(made) > 2 and chat.pack(made, 64).dropped == 0
     said = "".join(learnt.decode(ids[ids >= len(CONTROL)]) for ids, _ in made)
     assert set(said) <= set(line + " ") and len(said) > len(line)
@@ -205,5 +215,6 @@ def test_text_without_turns_is_cut_to_pairs_that_fit_a_row(learnt, line):
 def test_text_whose_turns_never_fit_a_row_is_cut_to_pieces(learnt):
     talk = [("user", "tea " * 200), ("assistant", "boat " * 200)]
     long = Document("\n".join(t for _, t in talk), "all", "a", tuple(talk))
-    assert len(chat.conversations([long], learnt, 80)) > 2
-    assert len(chat.conversations([long, Document("", "all", "b", tuple(TALK))], learnt, 80)) == 1
+    assert len(list(chat.conversations([long], learnt, 80))) > 2
+    both = [long, Document("", "all", "b", tuple(TALK))]
+    assert len(list(chat.conversations(both, learnt, 80))) == 1

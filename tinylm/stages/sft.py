@@ -150,39 +150,37 @@ def check(config: SftConfig, train: Packed, held: Packed, plan: machine.Plan) ->
 
 
 def pack_splits(corpus: Corpus, tokenizer: Tokenizer, T: int, steps: int,
-                rows: int = SftConfig.rows) -> list[Packed]:
-    """Render and pack the conversations (or neighbouring lines) of both splits.
+                rows: int = SftConfig.rows, count: int = 0, seed: int = 0) -> list[Packed]:
+    """Render and pack the conversations (or neighbouring lines) of both splits, tasks among them.
 
     Of more text than `steps` of `rows` rows can read, or HELD rows held out, every n-th document
-    is taken.
+    is taken; beside `count` generated tasks, TALKS rows of conversations for one of tasks at most.
     """
-    return [_pack(split, tokenizer, T, most)
-            for split, most in ((corpus.train, steps * rows), (corpus.heldout, HELD))]
+    among = asked(count, tokenizer, T, seed) if count else []
+    room = [math.ceil(TALKS * len(side.tokens)) for side in among] or [math.inf, math.inf]
+    packed = [_pack(split, tokenizer, T, most, some) for split, most, some in zip(
+        (corpus.train, corpus.heldout), (steps * rows, HELD), room, strict=True)]
+    return mixed(packed, among, seed) if count else packed
 
 
-def _pack(documents: list[Document], tokenizer: Tokenizer, T: int, rows: int) -> Packed:
+def _pack(documents: list[Document], tokenizer: Tokenizer, T: int, rows: int,
+          most: float) -> Packed:
     size = sum(len(d.text) for d in documents)
     documents = documents[::max(1, size // (rows * (T + 1) * CHARACTERS))]
-    return pack(conversations(documents, tokenizer, T), T)
+    return pack(conversations(documents, tokenizer, T), T, most)
 
 
-def with_tasks(packed: list[Packed], count: int, tokenizer: Tokenizer, T: int, seed: int,
-               talks: float = TALKS) -> list[Packed]:
-    """Mix generated tasks (text/tasks.py, of training's split) with conversations.
-
-    Of the conversations at most `talks` times as many rows are kept as the tasks fill, in both
-    splits.
+def asked(count: int, tokenizer: Tokenizer, T: int, seed: int) -> list[Packed]:
+    """Render and pack generated tasks (text/tasks.py, of training's split): trained on, held out.
     """
-    chosen = tasks.mixed("train", seed, count)
-    rendered = [render(tasks.conversation(t), tokenizer) for t in chosen]
+    rendered = [render(tasks.conversation(t), tokenizer) for t in tasks.mixed("train", seed, count)]
     held = max(1, count // 25)
-    out = []
-    for side, part in zip(packed, (rendered[held:], rendered[:held]), strict=True):
-        asked = pack(part, T)
-        most = min(len(side.tokens), talks * len(asked.tokens))
-        few = Packed(*(of[:math.ceil(most)] for of in side[:3]), side.dropped)
-        out.append(joined([few, asked], seed))
-    return out
+    return [pack(part, T) for part in (rendered[held:], rendered[:held])]
+
+
+def mixed(packed: list[Packed], among: list[Packed], seed: int) -> list[Packed]:
+    """Join the rows of two kinds, split by split."""
+    return [joined([few, many], seed) for few, many in zip(packed, among, strict=True)]
 
 
 def joined(parts: list[Packed], seed: int) -> Packed:

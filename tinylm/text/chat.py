@@ -8,6 +8,7 @@ sentence, and to repeat a word is to repeat its ids. The loss covers what the as
 <|end|>, nothing else.
 """
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -98,21 +99,24 @@ def windows(ids: np.ndarray, mask: np.ndarray, T: int) -> list[tuple[np.ndarray,
     return out
 
 
-def pack(rendered: Sequence[tuple[np.ndarray, np.ndarray]], T: int) -> Packed:
+def pack(rendered: Iterable[tuple[np.ndarray, np.ndarray]], T: int,
+         most: float = math.inf) -> Packed:
     """Pack rendered conversations into rows of T + 1 tokens, each into the fullest that has room.
 
     A conversation longer than a row keeps its whole turns from the start, up to the last answer
     that fits (`windows` keeps the rest too); one without any is dropped and counted. Only the last
-    32 rows are looked at.
+    32 rows are looked at. The first `most` rows are given, and no conversation is read that could
+    not lie in them.
     """
     if T < 1:
         raise BadInput(f"T={T} leaves no token to predict; choose at least 1")
-    space: list[int] = []  # tokens left in each row
+    dropped, space = 0, list[int]()  # tokens left in each row
     placed: list[tuple[int, slice, np.ndarray, np.ndarray]] = []
     for ids, mask in rendered:
         ends = _answers(mask)
         kept = int(max(ends[ends <= T + 1], default=0))
         if kept == 0:
+            dropped += 1
             continue
         first = max(0, len(space) - OPEN_ROWS)
         row = min((r for r in range(first, len(space)) if space[r] >= kept),
@@ -122,13 +126,17 @@ def pack(rendered: Sequence[tuple[np.ndarray, np.ndarray]], T: int) -> Packed:
         start = T + 1 - space[row]
         placed.append((row, slice(start, start + kept), ids[:kept], mask[:kept]))
         space[row] -= kept
-    tokens = np.full((len(space), T + 1), PAD, np.int32)
-    supervised = np.zeros((len(space), T + 1), np.float32)
+        if len(space) >= most + OPEN_ROWS:
+            break
+    rows = int(min(len(space), most))
+    tokens = np.full((rows, T + 1), PAD, np.int32)
+    supervised = np.zeros((rows, T + 1), np.float32)
     segments = np.zeros_like(tokens)
     for row, here, ids, mask in placed:
-        tokens[row, here], supervised[row, here] = ids, mask
-        segments[row, here] = segments[row].max() + 1
-    return Packed(tokens, supervised[:, 1:], segments, len(rendered) - len(placed))
+        if row < rows:
+            tokens[row, here], supervised[row, here] = ids, mask
+            segments[row, here] = segments[row].max() + 1
+    return Packed(tokens, supervised[:, 1:], segments, dropped)
 
 
 def _answers(mask: np.ndarray) -> np.ndarray:
@@ -137,19 +145,21 @@ def _answers(mask: np.ndarray) -> np.ndarray:
 
 
 def conversations(documents: Sequence[Document], tokenizer: Tokenizer,
-                  T: int) -> list[tuple[np.ndarray, np.ndarray]]:
+                  T: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Render the documents' conversations to `windows`; where none fits, neighbouring pieces.
 
     Text without any turn then at least teaches the template: one piece asks, the next answers.
     """
-    found = [part for d in documents if d.messages
-             for part in windows(*render(d.messages, tokenizer), T)]
+    found = False
+    for document in documents:
+        for part in windows(*render(document.messages, tokenizer), T) if document.messages else ():
+            found = True
+            yield part
     for document in [] if found else documents:
         pieces = [piece for line in re.split(r"\n+|(?<=[.!?]) ", document.text)
                   for piece in _pieces(line, tokenizer, max(1, T // 4)) if piece.strip()]
-        found += [render([("user", a), ("assistant", b)], tokenizer)
-                  for a, b in zip(pieces[::2], pieces[1::2], strict=False)]
-    return found
+        for a, b in zip(pieces[::2], pieces[1::2], strict=False):
+            yield render([("user", a), ("assistant", b)], tokenizer)
 
 
 def _pieces(line: str, tokenizer: Tokenizer, most: int) -> Iterator[str]:

@@ -1,6 +1,5 @@
 """Verbs that prepare text, train and measure: tokenizer, train, sweep, sft, eval."""
 
-import math
 import os
 from pathlib import Path
 from typing import Literal
@@ -173,11 +172,13 @@ def sft(parent: Positional[Path], out: Path, data: tuple[Path, ...] = (),
     tuning.SftConfig(config, optim, "", "", steps, rows, replay, seed, probe_every)
     aside = folders.Aside(out, skip_bad_lines)
     read = folders.read_lines(data, read_jsonl, aside)
-    packed = (_talks(read, learnt, config.T) if data else tuning.pack_splits(
-        corpora.load(corpus, field), learnt, config.T, steps, rows))
-    if tasks:
-        packed = tuning.with_tasks(packed, tasks, learnt, config.T, seed,
-                                   math.inf if data else tuning.TALKS)
+    if data:
+        packed = _talks(read, learnt, config.T)
+        if tasks:
+            packed = tuning.mixed(packed, tuning.asked(tasks, learnt, config.T, seed), seed)
+    else:
+        packed = tuning.pack_splits(corpora.load(corpus, field), learnt, config.T, steps, rows,
+                                    tasks, seed)
     wanted = tuning.SftConfig(config, optim, folders.finished(parent)["id"],
                               tuning.conversations_id(*packed), steps, rows, replay, seed,
                               probe_every)
