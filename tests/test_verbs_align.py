@@ -154,6 +154,8 @@ def test_runs_of_another_text_or_a_shorter_judge_are_refused(chain):
     ("say how many --tasks", ("eval", "sft", "--reward", "base")),
     ("--sentences 9 is for the table", ("eval", "sft", "--sentences", 9)),
     ("nothing to choose by", ("eval", "sft", "--tasks", 2, "--best-of", 2)),
+    ("fits T=96 beside answers of 40 tokens; lower the budget",
+     ("eval", "sft", "--tasks", 2, "--budget", 40)),
     ("give a folder of tinylm reward", ("eval", "sft", "--tasks", 2, "--reward", "base")),
     ("either --data with rankings or --sampled", ("dpo", "sft", "--out", "new")),
     ("responses=1 is", ("dpo", "sft", "--out", "new", "--sampled", 3, "--responses", 1)),
