@@ -136,9 +136,9 @@ def table_row(config: SuiteConfig, model: ModelConfig, params: Params, ref: Para
     """
     every = drawn(config)
     chosen, prompts = fitting(model, every, tokenizer, config.budget)
-    if lost := set(tasks.FAMILIES) - {t.family for t in chosen if t.rule == "plain"}:
-        raise BadInput(f"no task of family {min(lost)} fits T={model.T} beside answers of "
-                       f"{config.budget} tokens; lower the budget")
+    if not any(t.family == "sentence" and t.rule == "plain" for t in chosen):
+        raise BadInput(f"no sentence task, by which runs are compared, fits T={model.T} beside "
+                       f"answers of {config.budget} tokens; lower the budget")
     if judge and n > 1:
         rolled = liked(model, params, prompts, config.budget, config.seed, judge, n)
     else:
