@@ -8,6 +8,7 @@ import math
 import re
 import shutil
 
+import numpy as np
 import pytest
 from command import loaded, tinylm
 from test_stages_pretrain import story
@@ -120,6 +121,16 @@ def test_dpo_and_a_table_of_runs_of_one_lineage(chain):
     table = last(tinylm("eval", chain / "sft", "--also", chain / "dpo", chain / "base", "--tasks",
                         11, "--budget", 8, "--json"))["runs"]
     sft, dpo, base = table.values()
+    mine = chain / "ranked.jsonl"
+    for place in (mine, chain / "base/record.json"):
+        before = place.read_bytes()
+        done = tinylm("eval", chain / "sft", "--tasks", 2, "--budget", 8, "--out", place)
+        assert done.returncode == 2 and "holds something else" in done.stderr
+        assert place.read_bytes() == before
+    few = last(tinylm("eval", chain / "sft", "--tasks", 2, "--budget", 40, "--json"))["runs"]
+    (few,) = few.values()
+    assert "recall" not in few["exact"]  # none fits: not a rate of nothing
+    assert few["macro"] == pytest.approx(np.mean([r["rate"] for r in few["exact"].values()]))
     told = files.read_json(chain / "base/record.json")["loss"]["bits_per_byte"]
     assert base["bits_per_byte"] == told == pytest.approx(
         last(tinylm("eval", chain / "base", "--json"))["bits_per_byte"], rel=1e-6)

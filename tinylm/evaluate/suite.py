@@ -149,7 +149,7 @@ def table_row(config: SuiteConfig, model: ModelConfig, params: Params, ref: Para
                                                                           strict=True)])
     ruled = np.array([t.rule != "plain" for t in chosen])
     plain = {f: np.array([t.family == f for t in chosen]) & ~ruled for f in tasks.FAMILIES}
-    rows = {f: rate(gold[where]) for f, where in plain.items()}
+    rows = {f: rate(gold[where]) for f, where in plain.items() if where.any()}
     some = joined(answered(model, params, prompts[::8], config.budget, config.seed, 1.0),
                   len(prompts[::8]))
     found = measured(model, params, ref, some)

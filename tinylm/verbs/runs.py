@@ -227,6 +227,8 @@ def evaluate(target: Positional[Path], also: tuple[Path, ...] = (), tasks: int =
     require("best_of", best_of, 0, 1024)
     if out and out.is_dir():
         raise BadInput(f"--out {out} is a folder; name the file to write")
+    if out and out.exists() and not _is_table(out):
+        raise BadInput(f"--out {out} holds something else than such a table; name another file")
     require("tasks", tasks, 0, 1e5)
     config, tokens, learnt = models.opened(target, text)
     read: dict[str, list[minimal_pairs.Pair]] = {}
@@ -271,6 +273,13 @@ def evaluate(target: Positional[Path], also: tuple[Path, ...] = (), tasks: int =
     if out:
         files.write_json(out, told)
     progress.answer(told, json, alignment.table(rows, told.get("reward")))
+
+
+def _is_table(path):
+    try:
+        return "suite" in files.read_json(path)
+    except BadInput:
+        return False
 
 
 def _bits_per_byte(place, config, params, tokens):
