@@ -118,6 +118,7 @@ class Aside:
             raise BadInput(f"{place} holds other lines; choose a new folder with --out")
         if new:
             files.write_text(place, text)
+            progress.say(f"{place} holds the lines left out, with the reasons")
         try:
             yield
         except BadInput:
@@ -137,8 +138,7 @@ def read_lines(data: tuple[Path, ...], read: Callable[..., list[Row]], aside: As
     if bad := aside.refused:
         if not found:
             raise BadInput(f"all {len(bad)} lines are bad, the first: {bad[0].reason}")
-        progress.say(f"{len(bad)} bad lines of {len(bad) + len(found)} left out; {aside.place} "
-                     "holds them with the reasons")
+        progress.say(f"{len(bad)} bad lines of {len(bad) + len(found)} left out")
     return found
 
 
