@@ -198,6 +198,7 @@ def test_a_tuned_lens_is_fitted_once_read_by_look_and_only_with_its_own_run(trai
     (("heads", "--out", "t.gif"), "give .html or .svg, or .png"),
     (("heads", "--lens", "l"), "it is for layers"),
     (("tokens", "--pair", 0, 0), "--pair with tokens: it is for attention"),
+    (("layers", "--at", 5, "--lens", "l"), "a lens is of the last step"),
     (("growth", "--text", "x"), "--text with growth: it is for tokens, next"),
     (("next", "--prepared", "gone"), "give the run's prepared folder with --text (look and lens"),
     (("next", "--out", ""), "--out is empty"),
@@ -210,6 +211,12 @@ def test_a_view_that_cannot_be_is_refused_in_a_line(trained, args, words):
     folder, _, _ = trained
     done = tinylm("look", args[0], folder / "run", *args[1:])
     assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_server_without_a_place_for_rankings_does_not_start(trained):
+    folder, _, _ = trained
+    done = tinylm("serve", folder / "run", "--port", 0, "--rankings", folder)
+    assert done.returncode == 2 and "is no file" in done.stderr
 
 
 def test_no_text_is_looked_at_as_any_other(trained):

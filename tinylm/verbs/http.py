@@ -26,6 +26,8 @@ def serve(runs: Positional[tuple[Path, ...]], host: str = "127.0.0.1", port: int
         text: the prepared folder of the runs, where it has moved
     """
     require("port", port, 0, 65535)
+    if rankings and rankings.exists() and not rankings.is_file():
+        raise BadInput(f"--rankings {rankings} is no file; name a .jsonl file to append to")
     try:
         from tinylm.serve.app import application, server
         from tinylm.serve.engine import Engine

@@ -75,6 +75,8 @@ def look(view: Positional[Literal[
         if given[name] and name not in READS[view]:
             raise BadInput(f"--{name} with {view}: it is for " + ", ".join(
                 one for one in READS if name in READS[one]))
+    if lens and at:
+        raise BadInput(f"--lens {lens} with --at {at}: a lens is of the last step; leave one out")
     require("k", k, 1, 1000)
     draw = {"tokens": _tokens, "next": _next, "attention": _attention, "heads": _heads,
             "layers": _layers, "growth": _growth, "isoflops": _isoflops, "frontier": _frontier,
