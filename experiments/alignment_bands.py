@@ -154,8 +154,10 @@ COLUMNS = ("width", "run", "macro", *tasks.FAMILIES, "stops", "obeyed", "bits_pe
 
 def row(width: int | str, name: str, told: dict) -> tuple:
     """Give a run's row of the table."""
-    return (width, name, told["macro"], *(told["exact"][f]["rate"] for f in tasks.FAMILIES),
-            told["stops"]["rate"], told["obeyed"]["rate"], told["bits_per_byte"], told["grade"],
+    exact, obeyed = told["exact"], told["obeyed"]  # of what fits the context
+    return (width, name, told["macro"],
+            *(exact[f]["rate"] if f in exact else None for f in tasks.FAMILIES),
+            told["stops"]["rate"], obeyed and obeyed["rate"], told["bits_per_byte"], told["grade"],
             told["wins"]["rate"], told["wins"]["low95"], told["kl_nats"], told["proxy"])
 
 

@@ -70,6 +70,8 @@ def test_a_zip_holds_a_paradigm_a_file_and_what_is_wrong_is_named(tmp_path):
         packed.writestr("data/bad.jsonl", '{"sentence_good": "a"}\n')
     with pytest.raises(BadInput, match=r"bad.jsonl:1 lacks the texts"):
         minimal_pairs.read(place)
+    with pytest.raises(BadInput, match=r"void.jsonl:1 lacks the texts"):
+        minimal_pairs.read(pairs(tmp_path / "void.jsonl", [("a", " ")]))
     place.write_bytes(b"PK no zip")
     with pytest.raises(BadInput, match="is no .zip"):
         minimal_pairs.read(place)

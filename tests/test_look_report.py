@@ -169,7 +169,7 @@ def test_every_figure_has_a_label_that_states_its_finding(page):
     labels = re.findall(r'<svg role="img" aria-label="([^"]+)"', page)
     assert len(labels) == 6
     assert any("beats the 4-gram table" in label for label in labels)
-    assert "A repeat is easier by up to 0.42 nats" in labels
+    assert "Gain on a repeat: +0.42 nats at most" in labels
     assert any(f"Best size grows as FLOPs^{GROWTH:.2f}" in label for label in labels)
 
 

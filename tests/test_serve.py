@@ -345,6 +345,12 @@ def test_what_cannot_be_is_refused_by_its_field(address, asked, param, status):
     assert set(error) == {"message", "type", "param", "code"}
 
 
+def test_a_field_that_comes_twice_is_refused(address):
+    twice = b'{"model": "base", "prompt": "the", "prompt": "a"}'
+    status, said = post(address + "/v1/completions", twice)
+    assert status == 400 and "'prompt' comes twice" in json.loads(said)["error"]["message"]
+
+
 def test_what_clients_send_by_default_changes_nothing(address):
     asked = {"model": "chat", "messages": USER, "seed": -3, "max_tokens": 5, "temperature": 1}
     said = [json.loads(post(address + "/v1/chat/completions", json.dumps(

@@ -1,6 +1,7 @@
 """The command line as a user meets it: results, one-line refusals, exit codes."""
 
 import ast
+import itertools
 import json
 import os
 import re
@@ -80,6 +81,13 @@ def test_base_and_tuned_answers_are_shown_in_their_tokens_system_prompt_on_and_o
     assert grown.returncode == 0 and tuned["id"] in grown.stdout, grown.stderr
     wrong = tinylm("look", "heads", folder / "run", "--system", "x")
     assert wrong.returncode == 2 and "it is for chat" in wrong.stderr
+    _, command, _ = trained
+    small = [120 if was == 128 and at == "--model.V" else was
+             for at, was in itertools.pairwise(command[2:-4])]
+    last(tinylm("train", "--out", folder / "foreign", *small, "--steps", 1, "--json"))
+    for view in ("chat", "next"):
+        beside = tinylm("look", view, folder / "run", "--beside", folder / "foreign")
+        assert beside.returncode == 2 and "was trained with tokenizer" in beside.stderr
     dropped = tinylm("look", "chat", folder / "run", "--system", "x")
     assert dropped.returncode == 2 and "a base model knows no system prompt" in dropped.stderr
 

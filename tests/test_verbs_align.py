@@ -23,6 +23,11 @@ def last(done) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def written(folder) -> list[str]:
+    """Name what a folder holds beside the lock of who would write in it."""
+    return sorted(p.name for p in folder.glob("*") if p.name != ".lease")
+
+
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory):
     """A base run, tuned on generated tasks, with rankings of two answers to forty questions."""
@@ -73,6 +78,7 @@ def test_rankings_make_a_reward_model_that_policies_are_tuned_against(chain):
     one, chosen = table["runs"].values()
     assert table["reward"]["accuracy"] == told["preferences"]["accuracy"]
     assert chosen["kl_nats"] == pytest.approx(math.log(3) - 2 / 3) and one["kl_nats"] == 0
+    assert chosen["entropy_nats"] is None and one["entropy_nats"] > 0
     assert chosen["stops"]["rate"] > one["stops"]["rate"]  # of three samples one ends sooner
     again = tinylm("grpo", chain / "sft", "--out", chain / "grpo", "--reward", chain / "rm",
                    "--family", "copy", "--count", 20, "--policy.rollouts", 3, "--policy.prompts", 2,
@@ -113,6 +119,46 @@ def test_bad_lines_are_refused_or_put_aside_with_their_reasons(chain):
     none = tinylm("sft", chain / "base", "--out", chain / "new", "--data", torn, "--skip-bad-lines")
     assert none.returncode == 2 and "all 1 lines are bad" in none.stderr
     assert not (chain / "new").exists()
+
+
+def test_a_parent_to_start_from_is_looked_at_before_anything_is_written(chain):
+    lost = chain / "lost"
+    shutil.copytree(chain / "sft", lost)
+    record = files.read_json(lost / "record.json")
+    files.write_json(lost / "record.json", {**record, "status": "diverged", "loss": None})
+    ranked = ("--data", chain / "ranked.jsonl", "--steps", 1)
+    for verb, given in (("sft", ("--tasks", 100)), ("dpo", ranked), ("reward", ranked),
+                        ("grpo", ("--family", "copy", "--count", 20, "--policy.budget", 8))):
+        done = tinylm(verb, lost, "--out", chain / "after", *given)
+        assert done.returncode == 2 and "ended as diverged; train" in done.stderr
+        assert done.stderr.count("error: ") == 1 and not written(chain / "after")
+
+
+def test_tasks_that_do_not_fit_are_counted_and_named(chain):
+    best = ("best-of-n", chain / "sft", "--count", 6, "--samples", 2, "--n", 1)
+    told = tinylm(*best, "--family", "copy", "recall", "--budget", 40)
+    assert "6 of 12 tasks left out: no room for 40 tokens in T=96 (6 recall)" in told.stderr
+    assert "left out" not in tinylm(*best, "--family", "copy", "--budget", 8).stderr
+    none = tinylm(*best, "--family", "sentence", "--budget", 1)
+    assert none.returncode == 2 and "none of 12 responses ended within 1 tokens" in none.stderr
+    (chain / "one.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}, '
+                                     '{"role": "assistant", "content": "b"}]}\n')
+    one = ("sft", chain / "base", "--out", chain / "one", "--data", chain / "one.jsonl")
+    alone = tinylm(*one)
+    assert alone.returncode == 2 and "0 training and 1 held-out rows" in alone.stderr
+    assert "bring two or more" in alone.stderr and not written(chain / "one")
+    last(tinylm("train", "--out", chain / "narrow", "--corpus", chain / "stories.txt", "--model.V",
+                128, "--model.D", 16, "--model.T", 32, "--batch", 64, "--steps", 1, "--json"))
+    told = tinylm("sft", chain / "narrow", "--out", chain / "tuned", "--corpus",
+                  chain / "stories.txt", "--tasks", 50, "--steps", 1)
+    assert "of the conversations and tasks left out: longer than T=32 tokens" in told.stderr
+
+
+def test_what_is_for_sampled_responses_is_refused_beside_rankings(chain):
+    for flag, value in (("family", "copy"), ("responses", 8), ("sharpness", 1), ("budget", 4)):
+        done = tinylm("reward", chain / "sft", "--out", chain / "no", "--data",
+                      chain / "ranked.jsonl", f"--{flag}", value)
+        assert done.returncode == 2 and f"--{flag} is for --sampled responses" in done.stderr
 
 
 def test_dpo_and_a_table_of_runs_of_one_lineage(chain):

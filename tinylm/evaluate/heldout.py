@@ -4,21 +4,18 @@ The protocol (documents, tokenizer, window, tokens scored) is hashed into `eval_
 different ids are not comparable and never share a fit.
 """
 
-import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
 from tinylm.config import digest
 from tinylm.model.decoder import ModelConfig, Params, rebuild
 from tinylm.text.shards import Dataset
+from tinylm.train import rowwise
 from tinylm.train.losses import nll
-
-BATCH = 16
 
 
 class Heldout(NamedTuple):
@@ -51,12 +48,8 @@ def each(config: ModelConfig, params: Params, data: Dataset) -> Float[np.ndarray
     """Give -log p of tokens 1..N of the held-out stream, window by window, nats."""
     T = config.T
     count = scored(data, T) // T
-    rows = data.heldout[np.arange(count)[:, None] * T + np.arange(T + 1)].astype(np.int32)
-    short = -count % BATCH
-    rows = np.concatenate([rows, np.repeat(rows[-1:], short, axis=0)])
-    score = _scorer(config)
-    parts = [score(params, rows[i : i + BATCH]) for i in range(0, len(rows), BATCH)]
-    return np.concatenate([np.asarray(p) for p in parts])[:count].ravel()
+    windows = data.heldout[np.arange(count)[:, None] * T + np.arange(T + 1)].astype(np.int32)
+    return rowwise.each(_nats, config, params, windows).ravel()
 
 
 def summarise(nats: np.ndarray, data: Dataset) -> Heldout:
@@ -82,15 +75,5 @@ def summarise(nats: np.ndarray, data: Dataset) -> Heldout:
                    int(tokens.sum()))
 
 
-@functools.cache
-def _scorer(config: ModelConfig) -> Any:
-    @jax.jit
-    def score(params: Params, rows: jax.Array) -> jax.Array:
-        def one(row: jax.Array) -> jax.Array:
-            logits = rebuild(config, params)(row[None, :-1])
-            return nll(logits, row[None, 1:])[0][0]
-
-        at_once = 1 if jax.default_backend() == "cpu" else BATCH
-        return jax.lax.map(one, jnp.asarray(rows), batch_size=at_once)
-
-    return score
+def _nats(config: ModelConfig, params: Params, row: jax.Array) -> jax.Array:
+    return nll(rebuild(config, params)(row[None, :-1]), row[None, 1:])[0][0]

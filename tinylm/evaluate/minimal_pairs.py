@@ -4,13 +4,11 @@ The format is BLiMP's (Warstadt et al., 1912.00582): .jsonl files, or a .zip of 
 file, a line an object with `sentence_good` and `sentence_bad`. Chance is one half.
 """
 
-import functools
 import zipfile
 import zlib
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from tinylm.config import BadInput
@@ -18,10 +16,8 @@ from tinylm.evaluate.suite import rate
 from tinylm.model.decoder import ModelConfig, Params
 from tinylm.text import lines
 from tinylm.text.tokenizer import BOS, PAD, Tokenizer
-from tinylm.train import losses
+from tinylm.train import losses, rowwise
 
-AT_ONCE = 64
-"""pairs scored together"""
 KEYS = ("sentence_good", "sentence_bad")
 LARGEST = 100_000_000
 """bytes that a file inside a .zip may unpack to"""
@@ -74,21 +70,14 @@ def scored(model: ModelConfig, params: Params, tokenizer: Tokenizer,
 
 def _won(model: ModelConfig, params: Params, ids: list[list[np.ndarray]]) -> np.ndarray:
     width = -(-max(len(row) for pair in ids for row in pair) // 16) * 16 + 1
-    tokens = np.full((-(-len(ids) // AT_ONCE) * AT_ONCE, 2, width), PAD, np.int32)
+    tokens = np.full((len(ids), 2, width), PAD, np.int32)
     mask = np.zeros((*tokens.shape[:2], width - 1), np.float32)
     for n, pair in enumerate(ids):
         for side, row in enumerate(pair):
             tokens[n, side, : len(row)] = row
             mask[n, side, : len(row) - 1] = 1
-    parts = [np.asarray(_logp(model, params, tokens[at: at + AT_ONCE], mask[at: at + AT_ONCE]))
-             for at in range(0, len(tokens), AT_ONCE)]
-    good, bad = np.concatenate(parts)[: len(ids)].T
+    good, bad = rowwise.each(losses.of_row, model, params, (tokens, mask)).T
     return (np.sign(good - bad) + 1) / 2
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _logp(model: ModelConfig, params: Params, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-    return losses.response_logp(model, params, tokens, mask)
 
 
 def _unpacked(packed: zipfile.ZipFile, name: str, where: str) -> list[Pair]:
@@ -98,7 +87,7 @@ def _unpacked(packed: zipfile.ZipFile, name: str, where: str) -> list[Pair]:
 
 
 def _pair(row: dict[str, Any], where: str) -> Pair:
-    if not all(isinstance(row.get(k), str) for k in KEYS):
+    if not all(isinstance(text := row.get(k), str) and text.strip() for k in KEYS):
         raise BadInput(f"{where} lacks the texts {' and '.join(KEYS)}; write both")
     good, bad = (row[k] for k in KEYS)
     return good, bad

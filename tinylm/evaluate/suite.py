@@ -159,15 +159,18 @@ def table_row(config: SuiteConfig, model: ModelConfig, params: Params, ref: Para
            "best_of": n, "exact": rows,
            "macro": float(np.mean([row["rate"] for row in rows.values()])),
            "grade": float(grades[plain["sentence"]].mean()),
-           "micro": rate(gold[~ruled]), "obeyed": rate((kept * rolled.ended)[ruled]),
-           "rules_and_answers": rate(gold[ruled]), "stops": rate(rolled.ended),
+           "micro": rate(gold[~ruled]),
+           "obeyed": rate((kept * rolled.ended)[ruled]) if ruled.any() else None,
+           "rules_and_answers": rate(gold[ruled]) if ruled.any() else None,
+           "stops": rate(rolled.ended),
            "leaks": rate(rolled.leaked),
            "truncated": rate(1 - rolled.ended - rolled.leaked),
            "repeats": rate(np.array([repeats(ids) for ids in rolled.responses], np.float32)),
            "length_tokens": float(rolled.mask.sum(1).mean()),
            "kl_nats": (math.log(n) - (n - 1) / n if n > 1
                        else float((found.kl * some.mask).sum(1).mean())),
-           "entropy_nats": float((found.entropy * some.mask).sum() / count)}
+           "entropy_nats": (None if n > 1  # of a choice not known
+                            else float((found.entropy * some.mask).sum() / count))}
     if judge:
         scores = judge(rolled, np.arange(len(chosen)))[plain["sentence"] & (rolled.ended > 0)]
         row["proxy"] = float(scores.mean()) if len(scores) else None

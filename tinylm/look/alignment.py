@@ -14,7 +14,8 @@ COLUMNS = (("exact (macro)", lambda r: f"{r['macro']:.1%}"),
            ("sentences that win", lambda r: rate(r["wins"])),
            ("bits a byte", lambda r: f"{r['bits_per_byte']:.4f}"),
            ("KL, nats", lambda r: "at most " * (r.get("best_of", 1) > 1) + f"{r['kl_nats']:.3f}"),
-           ("entropy, nats", lambda r: f"{r['entropy_nats']:.3f}"),
+           ("entropy, nats", lambda r: "-" if r["entropy_nats"] is None
+            else f"{r['entropy_nats']:.3f}"),
            ("tokens", lambda r: f"{r['length_tokens']:.1f}"))
 
 
@@ -105,6 +106,8 @@ def _or_none(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.3f}"
 
 
-def rate(found: dict[str, float]) -> str:
-    """Write a share with its 95% interval."""
+def rate(found: dict[str, float] | None) -> str:
+    """Write a share with its 95% interval; a dash for none of none."""
+    if found is None:
+        return "-"
     return f"{found['rate']:.1%} [{found['low95']:.0%}, {found['high95']:.0%}]"

@@ -301,7 +301,7 @@ def growth(rows: list[dict[str, Any]]) -> Figure:
                          ha="right")
         panel.set_xticks([], minor=True)
         panel.legend(fontsize=8)
-    return _done(ax, f"A repeat is easier by up to {max(r['gain'] for r in rows):.2f} nats")
+    return _done(ax, f"Gain on a repeat: {max(r['gain'] for r in rows):+.2f} nats at most")
 
 
 def cost(rows: list[dict[str, Any]]) -> Figure:

@@ -78,7 +78,7 @@ def worked(one: Worked, names: tuple[str, str], seen: int) -> Table:
                         f"{one.weight:.4f})", title_justify="left")
     drawn.add_column(f"first {most} of {K}")
     for n in range(most):
-        drawn.add_column(str(n + 1), justify="right")
+        drawn.add_column(str(n + 1), justify="right", overflow="fold")
     for label, row in (("query", one.q), ("key", one.k), ("product", one.q * one.k),
                        ("value", one.v)):
         drawn.add_row(label, *(f"{x:+.3f}" for x in row[:most]))
@@ -91,7 +91,7 @@ def habits(found: Habits) -> Table:
     drawn = Table(title=f"random pieces said twice: {first:.2f} nats a token, {again:.2f} in the "
                         "repeat", title_justify="left")
     for column in ("layer", "head", "token before", "first token", "induction"):
-        drawn.add_column(column, justify="right")
+        drawn.add_column(column, justify="right", overflow="fold")
     scores = (found.previous, found.first, found.induction)
     for layer, head in np.ndindex(found.previous.shape):
         drawn.add_row(str(layer + 1), str(head + 1), *(
@@ -103,9 +103,9 @@ def habits(found: Habits) -> Table:
 def depths(found: Depth, words: Sequence[str], tokenizer: Tokenizer) -> Table:
     """Draw each position's likeliest next token by depth; bold where it is the final answer."""
     drawn = Table(title="likeliest next token after each layer", title_justify="left")
-    drawn.add_column("after")
+    drawn.add_column("after", overflow="fold")
     for n, (agree, nats) in enumerate(zip(found.agree, found.nats, strict=True)):
-        drawn.add_column(f"{n or 'embedding'}\n{agree:.0%} agree\n{nats:.2f} nats")
+        drawn.add_column(f"{n or 'embedding'}\n{agree:.0%} agree\n{nats:.2f} nats", overflow="fold")
     drawn.add_column("settled at", justify="right")
     for t, depth in enumerate(settled(found)):
         drawn.add_row(Text(words[t]), *(
@@ -132,7 +132,7 @@ def growth(rows: list[dict[str, Any]]) -> list[Table]:
 def _table(title: str, rows: list[dict[str, Any]]) -> Table:
     drawn = Table(title=title or None, title_justify="left")
     for column in rows[0]:
-        drawn.add_column(column.replace("_", " "), justify="right")
+        drawn.add_column(column.replace("_", " "), justify="right", overflow="fold")
     for row in rows:
         drawn.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))
     return drawn

@@ -20,6 +20,7 @@ from tinylm.serve import asked
 from tinylm.serve.answers import Answer, Delta
 from tinylm.serve.asked import Dials, Refused
 from tinylm.serve.engine import Engine, Model, Part, Request
+from tinylm.text import lines
 from tinylm.text.chat import read, render
 from tinylm.text.tokenizer import BOS
 
@@ -93,7 +94,7 @@ async def body_of(http: Http) -> dict[str, Any]:
                 data += part
                 if len(data) > LARGEST:
                     raise TOO_LARGE
-        found = json.loads(bytes(data).decode())
+        found = json.loads(bytes(data).decode(), object_pairs_hook=lines.once)
         if b"\\u" in data:  # half of a character alone can be written so, and nowhere else
             json.dumps(found, ensure_ascii=False).encode()
     except TimeoutError:

@@ -1,12 +1,10 @@
 """Direct preference optimisation: the policy from ranked responses, without a reward model."""
 
-import functools
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -17,12 +15,9 @@ from tinylm.laws.accounting import flops_per_token
 from tinylm.model.decoder import ModelConfig, Params
 from tinylm.text.preferences import Ranked
 from tinylm.text.shards import Dataset
-from tinylm.train import batch, checkpoint, loop, losses, optim, run, step
+from tinylm.train import batch, checkpoint, loop, losses, optim, rowwise, run, step
 from tinylm.train.losses import Pairs
 from tinylm.train.optim import OptimConfig
-
-AT_ONCE = 16
-"""pairs scored together"""
 
 
 @dataclass(frozen=True)
@@ -64,6 +59,7 @@ def dpo(folder: Path, config: DpoConfig, parent: Path, train: Ranked, held: Rank
     folder = Path(folder)
     with leases.hold(folder):
         if run.planned(folder) is None:
+            checkpoint.usable(parent)
             check(config, train, held, plan)
         plan = run.settle(folder, config, "dpo", plan, data.folder.parent)
         if (done := run.record(folder)) is not None:
@@ -118,16 +114,7 @@ def against(model: ModelConfig, params: Params, ranked: Ranked) -> Pairs:
 
 def said(model: ModelConfig, params: Params, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Give the log-probability of each response of each pair, nats, [pairs, 2]."""
-    short = -len(tokens) % AT_ONCE
-    rows = [np.concatenate([of, np.repeat(of[-1:], short, axis=0)]) for of in (tokens, mask)]
-    parts = [np.asarray(_said(model, params, *(of[at: at + AT_ONCE] for of in rows)))
-             for at in range(0, len(rows[0]), AT_ONCE)]
-    return np.concatenate(parts)[: len(tokens)]
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _said(model: ModelConfig, params: Params, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-    return losses.response_logp(model, params, tokens, mask)
+    return rowwise.each(losses.of_row, model, params, (tokens, mask))
 
 
 def judge(model: ModelConfig, params: Params, pairs: Pairs, config: DpoConfig) -> dict[str, Any]:

@@ -25,9 +25,9 @@ from tinylm.laws.accounting import flops_per_token
 from tinylm.model import heads
 from tinylm.model.decoder import ModelConfig, Params, rebuild
 from tinylm.text.shards import Dataset
-from tinylm.train import batch, checkpoint, loop, losses, optim, rewards, run, step
+from tinylm.train import batch, checkpoint, loop, losses, optim, rewards, rowwise, run, step
 from tinylm.train.optim import OptimConfig
-from tinylm.train.rollout import AT_ONCE, Judge, Measured, Rollout, measured, padded, rollout
+from tinylm.train.rollout import Judge, Measured, Rollout, measured, padded, rollout
 
 
 @dataclass(frozen=True)
@@ -153,6 +153,7 @@ def policy(folder: Path, config: PolicyConfig, parent: Path, prompts: Sequence[n
     folder = Path(folder)
     with leases.hold(folder):
         if run.planned(folder) is None:
+            checkpoint.usable(parent)
             check(config, prompts, plan)
         plan = run.settle(folder, config, config.method, replace(plan, chunk=config.updates),
                           data.folder.parent)
@@ -256,14 +257,12 @@ def turn(config: PolicyConfig, ref: Params, prompts: Sequence[np.ndarray], judge
     asked = np.repeat(np.asarray(batches)[0], config.responses)
     key = jax.random.fold_in(jax.random.key(config.seed), number)
     place = step.by_row(mesh)
-    at_once = max(1, AT_ONCE // mesh.size) * mesh.size
     with clock.doing("sample"):
         rolled = rollout(config.model, spoken(state.params), [prompts[i] for i in asked],
                          padded(prompts), config.budget, key, config.temperature, place)
     scores = judge(rolled, asked)
     scores = np.where(rolled.ended > 0, scores, np.minimum(scores, config.truncated))
-    found = measured(config.model, spoken(state.params), ref, rolled, config.temperature, place,
-                     at_once)
+    found = measured(config.model, spoken(state.params), ref, rolled, config.temperature)
     told = summary(rolled, scores, found)
     if watch:
         told["gold"] = float(watch(rolled, asked).mean())
@@ -331,10 +330,8 @@ def experience(config: PolicyConfig, params: Params, rolled: Rollout, scores: np
 
 def values_of(model: ModelConfig, value: Params, tokens: np.ndarray) -> np.ndarray:
     """Give the value before each token of the rows, [B, T]."""
-    return np.concatenate([np.asarray(_values(model, value, tokens[at: at + AT_ONCE]))
-                           for at in range(0, len(tokens), AT_ONCE)])
+    return rowwise.each(_values, model, value, tokens)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _values(model: ModelConfig, value: Params, tokens: Array) -> Array:
-    return heads.scores(model, value, tokens[:, :-1])
+def _values(model: ModelConfig, value: Params, row: Array) -> Array:
+    return heads.scores(model, value, row[None, :-1])[0]

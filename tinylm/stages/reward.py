@@ -4,7 +4,6 @@ Bradley-Terry over all pairs of a prompt at once, the score read at the response
 (InstructGPT, 2203.02155); one epoch unless told otherwise.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,14 +21,12 @@ from tinylm.laws.accounting import flops_per_token
 from tinylm.model import heads
 from tinylm.model.decoder import ModelConfig, Params
 from tinylm.text.preferences import Ranked
-from tinylm.train import batch, checkpoint, loop, losses, optim, run, step
+from tinylm.train import batch, checkpoint, loop, losses, optim, rowwise, run, step
 from tinylm.train.optim import OptimConfig
 from tinylm.train.rollout import Rollout
 
 BINS = 10
 """of the calibration curve"""
-AT_ONCE = 16
-"""prompts scored together"""
 
 
 @dataclass(frozen=True)
@@ -73,6 +70,7 @@ def reward(folder: Path, config: RewardConfig, parent: Path, train: Ranked, held
     folder = Path(folder)
     with leases.hold(folder):
         if run.planned(folder) is None:
+            checkpoint.usable(parent)
             check(config, train, held, plan)
         plan = run.settle(folder, config, "reward", plan, text)
         if (done := run.record(folder)) is not None:
@@ -154,13 +152,8 @@ def judge_of(model: ModelConfig, params: Params) -> Callable[[Rollout, np.ndarra
 
 def scored(model: ModelConfig, params: Params, ranked: Ranked) -> np.ndarray:
     """Give every response's score, [prompts, R]."""
-    short = -len(ranked.tokens) % AT_ONCE
-    rows = Ranked(*(np.concatenate([of, np.repeat(of[-1:], short, axis=0)]) for of in ranked))
-    parts = [np.asarray(_scored(model, params, Ranked(*(of[at: at + AT_ONCE] for of in rows))))
-             for at in range(0, len(rows.tokens), AT_ONCE)]
-    return np.concatenate(parts)[: len(ranked.tokens)]
+    return rowwise.each(_scores, model, params, ranked)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _scored(model: ModelConfig, params: Params, part: Ranked) -> jax.Array:
-    return losses.response_scores(model, params, part)
+def _scores(model: ModelConfig, params: Params, row: Ranked) -> jax.Array:
+    return losses.response_scores(model, params, jax.tree.map(lambda a: a[None], row))[0]

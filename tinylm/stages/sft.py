@@ -1,6 +1,5 @@
 """Instruction tuning: the same step, on conversations, with the loss on what the assistant says."""
 
-import functools
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,7 @@ from tinylm.text.chat import Packed, conversations, pack, render
 from tinylm.text.corpora import Corpus, Document
 from tinylm.text.shards import Dataset
 from tinylm.text.tokenizer import Tokenizer
-from tinylm.train import batch, checkpoint, loop, losses, optim, run, step
+from tinylm.train import batch, checkpoint, loop, losses, optim, rowwise, run, step
 from tinylm.train.optim import OptimConfig
 
 HELD = 2000
@@ -91,6 +90,7 @@ def sft(
     folder = Path(folder)
     with leases.hold(folder):
         if run.planned(folder) is None:  # refuse before anything of the run is written
+            checkpoint.usable(parent)
             check(config, train, held, plan)
         plan = run.settle(folder, config, "sft", plan, data.folder.parent)
         if (done := run.record(folder)) is not None:
@@ -146,7 +146,7 @@ def check(config: SftConfig, train: Packed, held: Packed, plan: machine.Plan) ->
     step.check_rows(config.rows, plan.devices, plan.micro)
     if not len(train.tokens) or not len(held.tokens):
         raise BadInput(f"{len(train.tokens)} training and {len(held.tokens)} held-out rows of "
-                       "conversations; bring conversations with user and assistant turns")
+                       "conversations; bring two or more with user and assistant turns")
 
 
 def pack_splits(corpus: Corpus, tokenizer: Tokenizer, T: int, steps: int,
@@ -193,15 +193,9 @@ def joined(parts: list[Packed], seed: int) -> Packed:
 
 def answers_nll(model: ModelConfig, params: Params, held: Packed) -> float:
     """Give the held-out loss on supervised tokens, nats a token."""
-    total, weight = 0.0, 0.0
-    for row in range(0, len(held.tokens), 16):
-        here = slice(row, row + 16)
-        part = batch.Batch(held.tokens[here], held.mask[here], held.segments[here])
-        sums = _scored(model, params, part)
-        total, weight = total + float(sums["nats_per_token"]), weight + float(sums["weight"])
-    return total / max(weight, 1.0)
+    sums = rowwise.each(_sums, model, params, batch.Batch(*held[:3]))
+    return float(sums["nats_per_token"].sum() / max(sums["weight"].sum(), 1.0))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _scored(model: ModelConfig, params: Params, part: batch.Batch) -> losses.Sums:
-    return losses.next_token(model)(params, part)[1]
+def _sums(model: ModelConfig, params: Params, row: batch.Batch) -> losses.Sums:
+    return losses.next_token(model)(params, jax.tree.map(lambda a: a[None], row))[1]

@@ -94,7 +94,7 @@ def parsed_text(text: str, name: str, parse: Callable[[dict[str, Any], str], Row
 def _object(line: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line, parse_constant=_finite, parse_float=_finite,
-                         object_pairs_hook=_once)
+                         object_pairs_hook=once)
     except RecursionError:
         raise BadInput(f"{where} is nested too deeply; flatten that line") from None
     except ValueError as bad:
@@ -136,7 +136,8 @@ def check_roles(messages: Sequence[tuple[str, str]], where: str) -> None:
                            "(system may come first, then user and assistant alternate)")
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a JSON object of its pairs; ValueError names a key that comes twice."""
     if len(out := dict(pairs)) < len(pairs):
         twice = next(key for n, (key, _) in enumerate(pairs) if key in dict(pairs[:n]))
         raise ValueError(f"{twice!r} comes twice")

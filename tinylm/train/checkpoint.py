@@ -220,14 +220,20 @@ def final_scorer(folder: Path, model: ModelConfig) -> Params:
     return heads.normalised(restore_params(place, _scored(model), record["id"]), mean, deviation)
 
 
-def _final(folder: Path, model: ModelConfig,
-           step: int = 0) -> tuple[dict[str, Any], Path, Params]:
+def usable(folder: Path) -> tuple[dict[str, Any], list[Path]]:
+    """Give the record and the checkpoints of a run to start from; refuse one that cannot be."""
     if (record := run.record(folder)) is None:
         raise BadInput(f"{folder} is no finished run; train it first")
     if record["status"] != "ok":
         raise BadInput(f"{folder} ended as {record['status']}; train another at a lower rate")
     if not (places := steps(Path(folder) / "checkpoints")):
         raise files.Damaged(f"{folder} {run.LOST}")
+    return record, places
+
+
+def _final(folder: Path, model: ModelConfig,
+           step: int = 0) -> tuple[dict[str, Any], Path, Params]:
+    record, places = usable(folder)
     place = at(Path(folder) / "checkpoints", step) if step else places[-1]
     if not place.exists():
         raise BadInput(f"{folder} holds checkpoints of steps {held(folder)}, not {step}; train it "

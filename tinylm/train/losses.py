@@ -94,6 +94,12 @@ def response_logp(config: ModelConfig, params: Params, tokens: Int[Array, "B R T
     return sequence_logp(logits, flat[:, 1:], mask.reshape(B * R, -1)).reshape(B, R)
 
 
+def of_row(config: ModelConfig, params: Params,
+           row: tuple[Int[Array, "R T1"], Float[Array, "R T"]]) -> Float[Array, "R"]:
+    """Give `response_logp` of the responses to one prompt: their tokens and their mask."""
+    return response_logp(config, params, row[0][None], row[1][None])[0]
+
+
 def token_logp(
     logits: Float[Array, "B T V"], targets: Int[Array, "B T"],
     temperature: Scalar = 1.0,

@@ -6,11 +6,9 @@ pass (`measured`), at the sampler's temperature and over the whole vocabulary, s
 compares with is what it computes; a test holds them to the cached decoder's own.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -19,10 +17,7 @@ from tinylm.config import BadInput
 from tinylm.model import generate
 from tinylm.model.decoder import ModelConfig, Params, rebuild
 from tinylm.text.tokenizer import END, PAD
-from tinylm.train import losses, rewards
-
-AT_ONCE = 32
-"""rows whose logits are held together"""
+from tinylm.train import losses, rewards, rowwise
 
 
 class Rollout(NamedTuple):
@@ -94,19 +89,15 @@ def laid_out(prompts: Sequence[np.ndarray], drawn: Int[np.ndarray, "B N"], width
 
 
 def measured(config: ModelConfig, params: Params, ref: Params, rolled: Rollout,
-             temperature: float = 1.0, place: Callable = jnp.asarray,
-             at_once: int = AT_ONCE) -> Measured:
+             temperature: float = 1.0) -> Measured:
     """Read log-probabilities, exact KL to the reference and entropy off the full forward pass."""
-    parts = [_measured(config, params, ref, place(rolled.tokens[at: at + at_once]),
-                       jnp.float32(temperature)) for at in range(0, len(rolled.tokens), at_once)]
-    return Measured(*(np.concatenate([np.asarray(part[i]) for part in parts])
-                      for i in range(len(Measured._fields))))
+    return rowwise.each(_measured, config, (params, ref, jnp.float32(temperature)), rolled.tokens)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _measured(config: ModelConfig, params: Params, ref: Params, tokens: Array,
-              temperature: Array) -> Measured:
-    logits = rebuild(config, params)(tokens[:, :-1]) / temperature
-    others = rebuild(config, ref)(tokens[:, :-1]) / temperature
-    return Measured(losses.token_logp(logits, tokens[:, 1:]), rewards.exact_kl(logits, others),
+def _measured(config: ModelConfig, given: tuple[Params, Params, Array], row: Array) -> Measured:
+    params, ref, temperature = given
+    tokens = row[None]
+    logits, others = (rebuild(config, of)(tokens[:, :-1]) / temperature for of in (params, ref))
+    read = Measured(losses.token_logp(logits, tokens[:, 1:]), rewards.exact_kl(logits, others),
                     losses.token_logp(others, tokens[:, 1:]), rewards.entropy(logits))
+    return Measured(*(of[0] for of in read))

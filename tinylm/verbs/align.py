@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -186,10 +187,13 @@ def best_of_n(target: Positional[Path], reward: Path | None = None,
         raise BadInput("--n names no number to choose from; give one or more, such as 1 4 16")
     model, _, learnt = models.opened(target, text)
     require("budget", budget, 1, model.T)
-    chosen, _ = suite.fitting(model, _tasks(family, "test", count, seed), learnt, budget)
+    chosen, _ = _fitting(model, _tasks(family, "test", count, seed), learnt, budget)
     judge, _ = _judge(reward, model, chosen, learnt, text)
     drawn = pool.sampled(model, checkpoint.final_params(target, model), learnt, chosen, samples,
                          budget, rubric.exact, seed)
+    if not drawn.ended.any():
+        raise BadInput(f"none of {drawn.ended.size} responses ended within {budget} tokens, so "
+                       "there is none to choose; raise --budget or tune the run for longer")
     owner = np.repeat(np.arange(len(chosen)), samples)
     scores = judge(drawn.rollout, owner).reshape(-1, samples)
     scores = jnp.where(drawn.ended > 0, scores, scores.min())  # what does not end is no answer
@@ -205,8 +209,8 @@ def best_of_n(target: Positional[Path], reward: Path | None = None,
 def _optimised(method: Literal["ppo", "grpo"], parent, out, reward, family, count, text, json,
                given: policies.Dials) -> None:
     model, tokens, learnt = models.opened(parent, text)
-    chosen = _tasks(family, "train", count, given.seed)
-    chosen, prompts = suite.fitting(model, chosen, learnt, given.budget)
+    chosen, prompts = _fitting(model, _tasks(family, "train", count, given.seed), learnt,
+                               given.budget)
     judge, name = _judge(reward, model, chosen, learnt, text)
     config = policies.PolicyConfig(**{
         **vars(given), "method": method, "model": model, "judge": name,
@@ -228,6 +232,17 @@ def _tasks(family: tuple[str, ...], split: tasks.Split, count: int, seed: int) -
     return list(itertools.chain(*zip(*each, strict=True)))  # in turn: a split holds out of each
 
 
+def _fitting(model: ModelConfig, drawn: list[tasks.Task], learnt: Tokenizer,
+             budget: int) -> tuple[list[tasks.Task], list[np.ndarray]]:
+    """Give the tasks that fit and their prompts; say how many do not."""
+    chosen, prompts = suite.fitting(model, drawn, learnt, budget)
+    if len(chosen) < len(drawn):
+        lost = Counter(t.family for t in drawn) - Counter(t.family for t in chosen)
+        progress.say(f"{lost.total()} of {len(drawn)} tasks left out: no room for {budget} tokens "
+                     f"in T={model.T} ({', '.join(f'{n} {name}' for name, n in lost.items())})")
+    return chosen, prompts
+
+
 def _judge(reward: Path | None, model: ModelConfig, chosen: list[tasks.Task], learnt: Tokenizer,
            text: Path | None) -> tuple[Judge, str]:
     """Give the judge of responses to the chosen tasks, and what names it in a config."""
@@ -241,11 +256,11 @@ def _judge(reward: Path | None, model: ModelConfig, chosen: list[tasks.Task], le
 class Sampling(NamedTuple):
     """How responses are drawn to be ranked, where no file of rankings is given."""
 
-    tasks: int
-    family: tuple[str, ...]
-    responses: int
-    sharpness: float
-    budget: int
+    tasks: int = 0
+    family: tuple[str, ...] = ("sentence",)
+    responses: int = 4
+    sharpness: float = 4.0
+    budget: int = 32
 
 
 def _rankings(parent: Path, model: ModelConfig, learnt: Tokenizer, data: tuple[Path, ...],
@@ -256,6 +271,10 @@ def _rankings(parent: Path, model: ModelConfig, learnt: Tokenizer, data: tuple[P
         raise BadInput("give either --data with rankings or --sampled with the number of tasks "
                        "to sample and rank")
     if data:
+        for name, value in how._asdict().items():
+            if value != Sampling._field_defaults[name]:
+                raise BadInput(f"--{name} is for --sampled responses and --data {data[0]} has its "
+                               "own; leave it out")
         read = folders.read_lines(data, preferences.read_jsonl, aside)
         (train, lost), (held, more) = (preferences.ranked(side, learnt, model.T)
                                        for side in preferences.split(read, heldout))

@@ -175,10 +175,13 @@ def sft(parent: Positional[Path], out: Path, data: tuple[Path, ...] = (),
     if data:
         packed = _talks(read, learnt, config.T)
         if tasks:
-            packed = tuning.mixed(packed, tuning.asked(tasks, learnt, config.T, seed), seed)
+            among = tuning.asked(tasks, learnt, config.T, seed)
+            _left_out(among, f"{tasks} tasks", config.T)
+            packed = tuning.mixed(packed, among, seed)
     else:
         packed = tuning.pack_splits(corpora.load(corpus, field), learnt, config.T, steps, rows,
                                     tasks, seed)
+        _left_out(packed, "the conversations and tasks", config.T)
     wanted = tuning.SftConfig(config, optim, folders.finished(parent)["id"],
                               tuning.conversations_id(*packed), steps, rows, replay, seed,
                               probe_every)
@@ -297,10 +300,14 @@ def _talks(read, learnt, T):
     packed = [pack(side, T) for side in sides]
     if len(talks) < len(read):
         progress.say(f"{len(read) - len(talks)} duplicate conversations dropped")
-    if dropped := sum(side.dropped for side in packed):
-        if dropped == len(talks):
-            least = min(len(ids) for side in sides for ids, _ in side)
-            raise BadInput(f"all {dropped} conversations are longer than T={T} tokens, the "
-                           f"shortest is {least}; bring shorter ones or tune a model of larger T")
-        progress.say(f"{dropped} of {len(talks)} conversations left out: longer than T={T} tokens")
+    if sum(side.dropped for side in packed) == len(talks):
+        least = min(len(ids) for side in sides for ids, _ in side)
+        raise BadInput(f"all {len(talks)} conversations are longer than T={T} tokens, the "
+                       f"shortest is {least}; bring shorter ones or tune a model of larger T")
+    _left_out(packed, f"{len(talks)} conversations", T)
     return packed
+
+
+def _left_out(packed, of, T):
+    if dropped := sum(side.dropped for side in packed):
+        progress.say(f"{dropped} of {of} left out: longer than T={T} tokens")

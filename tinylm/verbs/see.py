@@ -149,10 +149,7 @@ def _next(target, text, beside, k, at, prepared, **_):
     ids = np.concatenate([[BOS], learnt.encode(text)])
     found = {"bigram, by counts": next_word.counted(NGram.fit(data.train, 2, data.V), ids, k)}
     for folder in (*beside, target):
-        config, other, _ = models.opened(folder, prepared)
-        if other.tokenizer_id != data.tokenizer_id:
-            raise BadInput(f"{folder} was trained with tokenizer {other.tokenizer_id} and {target} "
-                           f"with {data.tokenizer_id}; name runs of one prepared text")
+        config = _beside(folder, target, data.tokenizer_id, prepared)
         name = config.kind if config.kind != "transformer" else f"transformer, D={config.D}"
         found[f"{name} ({folder})"] = next_word.predicted(
             config, checkpoint.final_params(folder, config, at if folder == target else 0), ids, k)
@@ -205,8 +202,9 @@ def _chat(target, text, beside, system, prepared, **_):
     if system and not any(map(models.tuned, (target, *beside))):
         raise BadInput(f"--system with {target}: a base model knows no system prompt; name a tuned "
                        "run")
-    for folder in (target, *beside):
-        config, _, learnt = models.opened(folder, prepared)
+    _, _, learnt = models.opened(target, prepared)
+    each = {one: _beside(one, target, learnt.id, prepared) for one in (target, *beside)}
+    for folder, config in each.items():
         params, told = checkpoint.final_params(folder, config), models.tuned(folder)
         for head in ("", system) if system and told else ("",):
             ids, _ = talk.rendered([("user", text)], head, learnt, config.T, told)
@@ -214,6 +212,15 @@ def _chat(target, text, beside, system, prepared, **_):
             terminal.show(f"{folder}" + f", told “{shown(head)}”" * bool(head),
                           tokens.coloured(tokens.pieces(learnt, ids), ids=True), "answers",
                           tokens.coloured(tokens.pieces(learnt, made), ids=True), "")
+
+
+def _beside(folder, target, tokenizer_id, prepared):
+    """Open the config of a run that is looked at beside another; refuse other ids for its text."""
+    config, data, _ = models.opened(folder, prepared)
+    if data.tokenizer_id != tokenizer_id:
+        raise BadInput(f"{folder} was trained with tokenizer {data.tokenizer_id} and {target} with "
+                       f"{tokenizer_id}; name runs of one prepared text")
+    return config
 
 
 def _growth(target, text, prepared, **_):
