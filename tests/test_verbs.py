@@ -169,7 +169,9 @@ def test_a_run_that_kept_checkpoints_is_looked_at_as_it_was(trained, tmp_path):
     assert steps == [("5", "320"), ("20", "1280"), ("40", "2560")], grown.stdout
     then, now, plain = (tinylm("look", "layers", run, "--text", "the boat", *at).stdout
                         for at in (("--at", 5), ("--at", 40), ()))
-    assert then != now == plain
+    said = f"after step 40 of {run}"
+    assert now.split() == [*plain.split(), *said.split()]
+    assert then.split()[:-5] != plain.split()
     assert tinylm("verify", run).returncode == 0
     for wrong, words in ((("--at", 6), "[5, 20, 40], not 6"), (("--at", -1), "at=-1")):
         done = tinylm("look", "layers", run, *wrong)
@@ -191,6 +193,8 @@ def test_a_tuned_lens_is_fitted_once_read_by_look_and_only_with_its_own_run(trai
     assert other.returncode == 2 and "holds something else" in other.stderr
     taken = tinylm("lens", folder / "run", "--out", folder / "run")
     assert taken.returncode == 2 and "holds no tuned lens" in taken.stderr
+    gone = tinylm("look", "growth", tmp_path / "gone")
+    assert gone.returncode == 2 and "gone is no folder; give" in gone.stderr
     facts = files.verified(tmp_path / "lens")
     assert facts["of"] == record["id"]
     with pytest.raises(BadInput, match="no tuned lens of run x"):

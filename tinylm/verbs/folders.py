@@ -54,6 +54,8 @@ def records(folder: Path) -> list[dict[str, Any]]:
 
     A run that the sweep lists and that has no record is said to be left out.
     """
+    if not folder.is_dir():
+        raise BadInput(f"{folder} is no folder; give the folder of a sweep")
     inside = folder / "sweep" if (folder / "sweep").is_dir() else folder
     for listed in files.named(inside, "sweep.json"):
         for place in run.unfinished(listed):

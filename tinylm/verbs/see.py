@@ -89,6 +89,8 @@ def look(view: Positional[Literal[
     terminal.out.record = out is not None and (out.suffix == ".html" or not drawn)
     figure = draw(target, text, beside=beside, layer=layer, head=head, pair=pair, k=k,
                   system=system, at=at, fitted=lens, prepared=prepared)
+    if at:
+        terminal.show(f"after step {at} of {target}")
     if out:
         _write(figure, out, f"tinylm look {view} {target}")
 
