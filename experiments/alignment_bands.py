@@ -136,9 +136,9 @@ def aligned(args: Args, place: Path, trunk: Path, given: Path | None = None) -> 
     if not done["dpo"]:
         align.dpo(tuned, place / "dpo", sampled=args.ranked, family=FAMILY, responses=2)
     dials = Dials(OptimConfig(lr=1e-3, decay=1.0), rollouts=args.rollouts, beta=0.15)
-    for name, method, by, family, count in (("grpo", align.grpo, judge, FAMILY, 2000),
-                                            ("ppo", align.ppo, judge, FAMILY, 2000),
-                                            ("exact", align.grpo, None, EXACT, 600)):
+    for name, method, by, family, count in (("grpo", align.grpo, (judge,), FAMILY, 2000),
+                                            ("ppo", align.ppo, (judge,), FAMILY, 2000),
+                                            ("exact", align.grpo, (), EXACT, 600)):
         if not done[name]:
             method(tuned, place / name, reward=by, family=family, count=count, policy=dials)
     if not (place / "table.json").exists():

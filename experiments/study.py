@@ -166,7 +166,7 @@ def align(out: Path, study: Study) -> None:
         if not (out / "reward/record.json").exists():
             verbs.reward(chat, out / "reward", sampled=study.ranked, family=family)
         if not (out / "policy/record.json").exists():
-            verbs.grpo(chat, out / "policy", reward=out / "reward", family=family,
+            verbs.grpo(chat, out / "policy", reward=(out / "reward",), family=family,
                        policy=study.policy)
         if not (out / "alignment.json").exists():
             evaluate(chat, (out / "target", out / "policy"), study.asked,

@@ -14,8 +14,12 @@ from command import loaded, tinylm
 from test_stages_pretrain import story
 
 from tinylm import files
+from tinylm.config import from_json
+from tinylm.model.decoder import ModelConfig
 from tinylm.stages.policy import Dials
 from tinylm.sweep.presets import PRESETS
+from tinylm.train.rollout import Rollout
+from tinylm.verbs import models
 
 
 def last(done) -> dict:
@@ -87,6 +91,41 @@ def test_rankings_make_a_reward_model_that_policies_are_tuned_against(chain):
     assert tinylm("verify", chain).returncode == 0
     mute = tinylm("chat", chain / "rm", "--prompt", "hi")
     assert mute.returncode == 2 and "is a reward model and says nothing" in mute.stderr
+
+
+def test_reward_models_judge_together_by_their_mean_or_the_least(chain):
+    for seed in (1, 2):
+        last(tinylm("reward", chain / "sft", "--out", chain / f"rm{seed}", "--data",
+                    chain / "ranked.jsonl", "--prompts", 4, "--steps", 4, "--seed", seed, "--json"))
+    both = ("--reward", chain / "rm1", chain / "rm2")
+    asked = ("--family", "copy", "--count", 20, "--policy.rollouts", 1, "--policy.prompts", 2,
+             "--policy.responses", 4, "--policy.budget", 8)
+    found = last(tinylm("grpo", chain / "sft", "--out", chain / "least", *both, "--ensemble",
+                        "least", *asked, "--json"))
+    ids = [files.read_json(chain / f"rm{n}/record.json")["id"] for n in (1, 2)]
+    assert found["config"]["judge"] == f"least of {' '.join(ids)}"
+    other = tinylm("grpo", chain / "sft", "--out", chain / "least", *both, *asked)
+    assert other.returncode == 2 and "config.judge" in other.stderr
+    record = files.read_json(chain / "sft/record.json")
+    model = from_json(ModelConfig, record["config"]["model"], "model")
+    _, _, learnt = models.opened(chain / "sft", None)
+    rng = np.random.default_rng(0)
+    rolled = Rollout(rng.integers(8, 128, (5, 30)).astype(np.int32), np.ones((5, 29), np.float32),
+                     np.ones(5, np.float32), np.zeros(5, np.float32))
+    places = (chain / "rm1", chain / "rm2")
+    each = np.array([models.judge(one, model, learnt, None)[0](rolled, np.arange(5))
+                     for one in places])
+    for how, joined in (("mean", each.mean(0)), ("least", each.min(0))):
+        judge, _ = models.ensemble(places, how, model, learnt, None)
+        np.testing.assert_allclose(judge(rolled, np.arange(5)), joined, atol=1e-6)
+    assert np.abs(each[0] - each[1]).max() > 1e-3
+    best = ("best-of-n", chain / "sft", "--family", "copy", "--count", 4, "--samples", 2, "--n", 1)
+    assert tinylm(*best, *both, "--budget", 40).returncode == 0
+    for given, words in ((("--reward", chain / "rm1", chain / "rm1"), "twice; name each once"),
+                         (("--reward", chain / "rm1", "--ensemble", "least"), "names 1; name"),
+                         (("--ensemble", "least"), "names 0; name more")):
+        done = tinylm(*best, *given)
+        assert done.returncode == 2 and words in done.stderr
 
 
 def test_bad_lines_are_refused_or_put_aside_with_their_reasons(chain):

@@ -27,6 +27,8 @@ from tinylm.train.optim import OptimConfig
 from tinylm.train.rollout import Judge
 from tinylm.verbs import folders, models
 
+By = tuple[tuple[Path, ...], Literal["mean", "least"]]
+"""reward models, and how they judge together"""
 MOST = 100_000
 """tasks a family that can be asked for"""
 
@@ -123,7 +125,8 @@ def dpo(parent: Positional[Path], out: Path, data: tuple[Path, ...] = (), sample
         raise SystemExit(1)
 
 
-def ppo(parent: Positional[Path], out: Path, reward: Path | None = None,
+def ppo(parent: Positional[Path], out: Path, reward: tuple[Path, ...] = (),
+        ensemble: Literal["mean", "least"] = "mean",
         family: tuple[str, ...] = ("sentence",), count: int = 2000, text: Path | None = None,
         json: bool = False,
         policy: policies.Dials = policies.Dials()) -> None:  # noqa: B008
@@ -132,17 +135,19 @@ def ppo(parent: Positional[Path], out: Path, reward: Path | None = None,
     Args:
         parent: folder of the tuned run, which stays the reference
         out: folder of the new run
-        reward: folder of a reward model; none: the tasks' own exact reward
+        reward: folders of reward models; none: the tasks' own exact reward
+        ensemble: how several judge together: by the mean or the least of their scores
         family: of the tasks that are asked
         count: training tasks a family
         text: the prepared folder of the parent, where it has moved
         json: print the record on the last line
         policy: how responses are sampled, learnt from and guarded
     """
-    _optimised("ppo", parent, out, reward, family, count, text, json, policy)
+    _optimised("ppo", parent, out, (reward, ensemble), family, count, text, json, policy)
 
 
-def grpo(parent: Positional[Path], out: Path, reward: Path | None = None,
+def grpo(parent: Positional[Path], out: Path, reward: tuple[Path, ...] = (),
+         ensemble: Literal["mean", "least"] = "mean",
          family: tuple[str, ...] = ("sentence",), count: int = 2000, text: Path | None = None,
          json: bool = False,
          policy: policies.Dials = policies.Dials()) -> None:  # noqa: B008
@@ -151,17 +156,19 @@ def grpo(parent: Positional[Path], out: Path, reward: Path | None = None,
     Args:
         parent: folder of the tuned run, which stays the reference
         out: folder of the new run
-        reward: folder of a reward model; none: the tasks' own exact reward
+        reward: folders of reward models; none: the tasks' own exact reward
+        ensemble: how several judge together: by the mean or the least of their scores
         family: of the tasks that are asked
         count: training tasks a family
         text: the prepared folder of the parent, where it has moved
         json: print the record on the last line
         policy: how responses are sampled, learnt from and guarded
     """
-    _optimised("grpo", parent, out, reward, family, count, text, json, policy)
+    _optimised("grpo", parent, out, (reward, ensemble), family, count, text, json, policy)
 
 
-def best_of_n(target: Positional[Path], reward: Path | None = None,
+def best_of_n(target: Positional[Path], reward: tuple[Path, ...] = (),
+              ensemble: Literal["mean", "least"] = "mean",
               family: tuple[str, ...] = ("sentence",), count: int = 64, samples: int = 16,
               n: tuple[int, ...] = (1, 2, 4, 8, 16), budget: int = 32, seed: int = 0,
               text: Path | None = None, json: bool = False) -> None:
@@ -169,7 +176,8 @@ def best_of_n(target: Positional[Path], reward: Path | None = None,
 
     Args:
         target: folder of the tuned run that is sampled
-        reward: folder of a reward model; none: the exact reward itself
+        reward: folders of reward models; none: the exact reward itself
+        ensemble: how several judge together: by the mean or the least of their scores
         family: of the test tasks that are asked
         count: test tasks a family
         samples: drawn for each task; every n is estimated from all of them
@@ -188,7 +196,7 @@ def best_of_n(target: Positional[Path], reward: Path | None = None,
     model, _, learnt = models.opened(target, text)
     require("budget", budget, 1, model.T)
     chosen, _ = _fitting(model, _tasks(family, "test", count, seed), learnt, budget)
-    judge, _ = _judge(reward, model, chosen, learnt, text)
+    judge, _ = _judge((reward, ensemble), model, chosen, learnt, text)
     drawn = pool.sampled(model, checkpoint.final_params(target, model), learnt, chosen, samples,
                          budget, rubric.exact, seed)
     if not drawn.ended.any():
@@ -206,12 +214,12 @@ def best_of_n(target: Positional[Path], reward: Path | None = None,
         f"{r['kl_bound_nats']:.2f} nats from the run" for r in rows))
 
 
-def _optimised(method: Literal["ppo", "grpo"], parent, out, reward, family, count, text, json,
+def _optimised(method: Literal["ppo", "grpo"], parent, out, by: By, family, count, text, json,
                given: policies.Dials) -> None:
     model, tokens, learnt = models.opened(parent, text)
     chosen, prompts = _fitting(model, _tasks(family, "train", count, given.seed), learnt,
                                given.budget)
-    judge, name = _judge(reward, model, chosen, learnt, text)
+    judge, name = _judge(by, model, chosen, learnt, text)
     config = policies.PolicyConfig(**{
         **vars(given), "method": method, "model": model, "judge": name,
         "parent": folders.finished(parent)["id"], "data_id": policies.prompts_id(prompts)})
@@ -243,14 +251,18 @@ def _fitting(model: ModelConfig, drawn: list[tasks.Task], learnt: Tokenizer,
     return chosen, prompts
 
 
-def _judge(reward: Path | None, model: ModelConfig, chosen: list[tasks.Task], learnt: Tokenizer,
+def _judge(by: By, model: ModelConfig, chosen: list[tasks.Task], learnt: Tokenizer,
            text: Path | None) -> tuple[Judge, str]:
     """Give the judge of responses to the chosen tasks, and what names it in a config."""
-    if reward is None:
+    rewards, how = by
+    if how != "mean" and len(rewards) < 2:
+        raise BadInput(f"--ensemble {how} joins two or more reward models and --reward names "
+                       f"{len(rewards)}; name more or leave it out")
+    if not rewards:
         return (lambda rolled, asked: suite.golds([chosen[i] for i in asked],
                                                   suite.texts(rolled, learnt), rolled.ended),
                 f"exact {tasks.tasks_id(chosen)}")
-    return models.judge(reward, model, learnt, text)
+    return models.ensemble(rewards, how, model, learnt, text)
 
 
 class Sampling(NamedTuple):

@@ -2,6 +2,9 @@
 
 import os
 from pathlib import Path
+from typing import Literal
+
+import numpy as np
 
 from tinylm import files
 from tinylm.config import BadInput, from_json
@@ -57,3 +60,17 @@ def judge(reward: Path, model: ModelConfig, learnt: Tokenizer,
         raise BadInput(f"{reward} reads T={own.T} tokens and the run's context is T={model.T}; "
                        "give a reward model of that context")
     return judge_of(own, checkpoint.final_scorer(reward, own)), record["id"]
+
+
+def ensemble(rewards: tuple[Path, ...], how: Literal["mean", "least"], model: ModelConfig,
+             learnt: Tokenizer, text: Path | None) -> tuple[Judge, str]:
+    """Open reward models that judge together, by the mean or the least of their scores."""
+    each = [judge(one, model, learnt, text) for one in rewards]
+    if len(each) == 1:
+        return each[0]
+    scores, names = zip(*each, strict=True)
+    if len(set(names)) < len(names):
+        raise BadInput(f"--reward names {max(names, key=names.count)} twice; name each once")
+    joined = {"mean": np.mean, "least": np.min}[how]
+    return (lambda rolled, asked: joined([score(rolled, asked) for score in scores], axis=0),
+            f"{how} of {' '.join(names)}")
