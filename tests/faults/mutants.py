@@ -121,7 +121,7 @@ ALIGNMENT = (
     ("train/rollout.py", "jnp.float32(temperature))\n    return laid_out",
      "jnp.float32(1.0))\n    return laid_out"),
     ("stages/policy.py", "tokens[:, 1:], config.temperature)", "tokens[:, 1:], 1.0)"),
-    ("stages/policy.py", "rolled, config.temperature, place", "rolled, 1.0, place"),
+    ("stages/policy.py", "ref, rolled, config.temperature)", "ref, rolled)"),
     # PPO's and GRPO's parts
     ("train/losses.py", "_kept(jnp.minimum(free, held), weights)",
      "_kept(jnp.maximum(free, held), weights)"),

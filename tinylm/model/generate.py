@@ -77,9 +77,27 @@ def decode(
 
     A row stops at an id below `ends` and where its context is full; all stopped ends it early.
     """
+    def said(state: Decoding, n: Array) -> tuple[Array]:
+        token = jax.lax.cond(
+            temperature > 0,
+            lambda logits: draw(logits / temperature, jax.random.fold_in(key, state.slot)),
+            lambda logits: jnp.argmax(logits, axis=-1).astype(jnp.int32), state.logits)
+        return (jnp.where(state.stopped, 0, token),)
+
+    out = (jnp.zeros((state.stopped.shape[0], count), jnp.int32),)
+    state, (tokens,) = _spoken(config, params, state, out, said, config.T, ends)
+    return state, tokens
+
+
+def _spoken(config: ModelConfig, params: Params, state: Decoding, out: tuple[Array, ...],
+            said: Callable[[Decoding, Array], tuple[Array, ...]], limit: int | Int[Array, "B"],
+            ends: int) -> tuple[Decoding, tuple[Array, ...]]:
+    """Fill `out` [B, N, ...] with what is said of token n of each row, the token first.
+
+    A row stops at an id below `ends` and at `limit` tokens; all stopped ends it early.
+    """
     model = rebuild(config, params)
-    blocks = model.blocks()
-    out = jnp.zeros((state.stopped.shape[0], count), jnp.int32)
+    blocks, count = model.blocks(), out[0].shape[1]
 
     def going(carry):
         state, _, n = carry
@@ -87,15 +105,11 @@ def decode(
 
     def one(carry):
         state, out, n = carry
-        token = jax.lax.cond(
-            temperature > 0,
-            lambda logits: draw(logits / temperature, jax.random.fold_in(key, state.slot)),
-            lambda logits: jnp.argmax(logits, axis=-1).astype(jnp.int32), state.logits)
-        token = jnp.where(state.stopped, 0, token)
+        token, *_ = found = said(state, n)
         x, cache = model.extend(blocks, token[:, None], state.cache, state.slot, state.begin)
-        stopped = state.stopped | (token < ends) | (state.slot + 1 - state.begin >= config.T)
+        stopped = state.stopped | (token < ends) | (state.slot + 1 - state.begin >= limit)
         fresh = Decoding(cache, model.head(x)[:, 0], state.slot + 1, state.begin, stopped)
-        return fresh, out.at[:, n].set(token), n + 1
+        return fresh, tuple(a.at[:, n].set(b) for a, b in zip(out, found, strict=True)), n + 1
 
     state, out, _ = jax.lax.while_loop(going, one, (state, out, jnp.int32(0)))
     return state, out
@@ -130,8 +144,7 @@ def advance(
     the likeliest tokens that make up this share (1904.09751), 1 all. A row stops when it has
     `limit` tokens (T at most), its prompt included. The state given is used up.
     """
-    model, B = rebuild(config, params), state.stopped.shape[0]
-    blocks, k = model.blocks(), min(k, config.V)
+    B, k = state.stopped.shape[0], min(k, config.V)
     out = Said(jnp.zeros((B, count), jnp.int32), jnp.zeros((B, count)),
                jnp.zeros((B, count, k), jnp.int32), jnp.zeros((B, count, k)))
     lengths = (state.slot - state.begin)[:, None] + jnp.arange(count)
@@ -139,8 +152,7 @@ def advance(
     shares = jax.vmap(jax.vmap(lambda key: jax.random.uniform(key, (2,))))(own).T  # [2, N, B]
     cool, plain = jnp.maximum(temperature, 1e-6)[:, None], jnp.all(temperature == 1)
 
-    def one(carry):
-        state, out, n = carry
+    def said(state: Decoding, n: Array) -> tuple[Array, ...]:
         logits = state.logits - state.logits.max(axis=-1, keepdims=True)
         whole = jnp.exp(logits)
         p = jax.lax.cond(plain, lambda: whole, lambda: jnp.exp(logits / cool))
@@ -152,17 +164,11 @@ def advance(
         token = jnp.where(state.stopped, 0, token)
         total = jnp.log(whole.sum(axis=-1, keepdims=True))
         best_logp, best = jax.lax.top_k(logits, k)
-        said = (token, (jnp.take_along_axis(logits, token[:, None], axis=1) - total)[:, 0], best,
+        return (token, (jnp.take_along_axis(logits, token[:, None], axis=1) - total)[:, 0], best,
                 best_logp - total)
-        x, cache = model.extend(blocks, token[:, None], state.cache, state.slot, state.begin)
-        stopped = state.stopped | (token < CONTROL) | (state.slot + 1 - state.begin >= limit)
-        fresh = Decoding(cache, model.head(x)[:, 0], state.slot + 1, state.begin, stopped)
-        return fresh, Said(*(a.at[:, n].set(b) for a, b in zip(out, said, strict=True))), n + 1
 
-    state, out, _ = jax.lax.while_loop(
-        lambda carry: (carry[2] < count) & ~jnp.all(carry[0].stopped), one,
-        (state, out, jnp.int32(0)))
-    return state, out
+    state, found = _spoken(config, params, state, tuple(out), said, limit, CONTROL)
+    return state, Said(*found)
 
 
 def _nucleus(p: Float[Array, "B V"], share: Float[Array, "B"]) -> Float[Array, "B V"]:
