@@ -194,7 +194,8 @@ def joined(parts: list[Packed], seed: int) -> Packed:
 def answers_nll(model: ModelConfig, params: Params, held: Packed) -> float:
     """Give the held-out loss on supervised tokens, nats a token."""
     sums = rowwise.each(_sums, model, params, batch.Batch(*held[:3]))
-    return float(sums["nats_per_token"].sum() / max(sums["weight"].sum(), 1.0))
+    nats, weight = (sums[key].sum(dtype=np.float64) for key in ("nats_per_token", "weight"))
+    return float(nats / max(weight, 1.0))
 
 
 def _sums(model: ModelConfig, params: Params, row: batch.Batch) -> losses.Sums:
