@@ -43,7 +43,8 @@ class Args:
     seeds: int = 32
     """of initial parameters and data order"""
     steps: int = 600
-    """of 512 tokens"""
+    batch: int = LAPTOP.batch
+    """tokens a step"""
     results: Path | None = None
     """folder for the table and the summary"""
 
@@ -69,9 +70,9 @@ def main(args: Args) -> int:
 
 def pairs(args: Args, name: str, model: ModelConfig, data) -> list[tuple]:
     """Train one shape in both types; give rows (shape, compute, seed, loss, id)."""
-    rate = LAPTOP.rule(args.steps * LAPTOP.batch)
+    rate = LAPTOP.rule(args.steps * args.batch)
     runs = [PretrainConfig(replace(model, compute=compute), OptimConfig(lr=rate), args.steps,
-                           LAPTOP.batch, seed, data.id)
+                           args.batch, seed, data.id)
             for compute in ("f32", "bf16") for seed in range(args.seeds)]
     with progress.live(name) as watch:
         records = runner.sweep(args.out / f"runs-{name}", runs, data.folder, watch)

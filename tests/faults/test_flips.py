@@ -57,7 +57,7 @@ class World:
             "run": [("sample", folder / "run", "--prompt", "Ba"), self.again["run"]],
             "sft": [("chat", folder / "sft", "--prompt", "a"), self.again["sft"]],
             "reward": [("best-of-n", folder / "sft", "--reward", folder / "reward", "--family",
-                        "choice", "--count", 2, "--samples", 2, "--n", 2, "--budget", 4),
+                        "choice", "--count", 8, "--samples", 8, "--n", 2, "--budget", 16),
                        self.again["reward"]],
             "grpo": [("chat", folder / "grpo", "--prompt", "a"), self.again["grpo"]],
             "sweep": [("fit", folder / "sweep")],
