@@ -60,12 +60,12 @@ class Attention(nnx.Module):
         follows: Bool[ArrayLike, "#B T"],
         cache: KeyValue | None = None,
         start: Array | int = 0,
-        fused: bool = False,
+        fused: int | None = None,
     ) -> tuple[Float[Array, "B T D"], KeyValue]:
         """Attend from x to itself, or to the cache with x's keys written at `start`.
 
-        `follows` is where a token has one before it in its sequence. `fused` takes the library's
-        attention (see `by_library`) instead of ours.
+        `follows` is where a token has one before it in its sequence. `fused`, the layer's number,
+        takes the library's attention (see `by_library`) instead of ours.
         """
         q, k, v = self.project(x, turn)
         last = k[:, :, -1:]
@@ -73,7 +73,8 @@ class Attention(nnx.Module):
         if cache is not None:
             k = jax.lax.dynamic_update_slice_in_dim(cache.k, k, start, 2)
             v = jax.lax.dynamic_update_slice_in_dim(cache.v, v, start, 2)
-        mixed = (by_library if fused else attend)(q, k, v, visible, self.dtype)
+        mixed = (attend(q, k, v, visible, self.dtype) if fused is None else
+                 by_library(q, k, v, visible, self.dtype, fused))
         out = product("bthk,hkd->btd", mixed, self.o_proj[...], self.dtype)
         return out, KeyValue(k, v, last)
 
@@ -138,17 +139,21 @@ def by_library(
     v: Float[Array, "B G S K"],
     visible: Bool[ArrayLike, "#B T S"],
     dtype: jnp.dtype,
+    number: int = 0,
 ) -> Float[Array, "B T H K"]:
     """Mix as `attend` does, by JAX's attention on operands rounded to `dtype`.
 
     That is cuDNN's flash attention where it has one for them (what is visible must then be the
-    causal half), else XLA's. The choice is taken when the program is built.
+    causal half), else XLA's. The choice is taken when the program is built. JAX 0.11 cannot run a
+    program with two equal calls of cuDNN's gradient (IndexError, "raw_hash_map::at"), so each
+    layer's `number` makes its scale another one, by less than float32 can tell.
     """
     causal = isinstance(visible, np.ndarray) and bool((visible == np.tri(*visible.shape[1:])).all())
     q, k_BSGK, v_BSGK = (a.astype(dtype) for a in (
         q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)))
     mixed = jax.nn.dot_product_attention(
         q, k_BSGK, v_BSGK, is_causal=causal, mask=None if causal else visible[:, None],
+        scale=q.shape[-1]**-0.5 * (1 + 1e-12 * number),
         implementation="cudnn" if causal and _cudnn(dtype, q.shape[-1]) else "xla")
     return mixed.astype(jnp.float32)
 

@@ -44,7 +44,7 @@ class Block(nnx.Module):
         follows: Bool[ArrayLike, "#B T"],
         cache: KeyValue | None = None,
         start: Array | int = 0,
-        fused: bool = False,
+        fused: int | None = None,
     ) -> tuple[Float[Array, "B T D"], KeyValue]:
         """Add attention's and the MLP's output to the residual stream."""
         mixed, kept = self.self_attn(self.input_layernorm(x), turn, visible, follows, cache, start,

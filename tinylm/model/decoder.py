@@ -152,14 +152,14 @@ class Decoder(nnx.Module):
             positions = index[None] - jax.lax.cummax(jnp.where(fresh, index[None], 0), axis=1)
         turn, x = self._begin(tokens, positions)
 
-        def layer(x: Float[Array, "B T D"], block: Block) -> tuple[Float[Array, "B T D"], None]:
-            return block(x, turn, visible, follows, fused=plan.fused)[0], None
+        def layer(number: int, x: Float[Array, "B T D"], block: Block) -> Float[Array, "B T D"]:
+            return block(x, turn, visible, follows, fused=number if plan.fused else None)[0]
 
-        layer = jax.checkpoint(layer) if plan.remat else layer
+        layer = jax.checkpoint(layer, static_argnums=0) if plan.remat else layer
         if not plan.unroll:
-            return jax.lax.scan(layer, x, self.layers)[0]
-        for block in self.blocks():
-            x, _ = layer(x, block)
+            return jax.lax.scan(lambda x, block: (layer(0, x, block), None), x, self.layers)[0]
+        for number, block in enumerate(self.blocks()):
+            x = layer(number, x, block)
         return x
 
     def blocks(self) -> list[Block]:

@@ -1,5 +1,6 @@
 """Token embedding, root-mean-square norm and rotary positions: what attention stands on."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -45,11 +46,54 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Look the tokens up."""
-        return self.weight[...][tokens]
+        return looked_up(self.weight[...], tokens)
 
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Score every row against x."""
-        return product("btd,vd->btv", x, self.weight[...], self.dtype)
+        return product("btd,vd->btv", x, self.weight[...], self.dtype, logits=True)
+
+
+@jax.custom_vjp
+def looked_up(table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """Give the rows of a table by number.
+
+    The gradient adds a token's rows up in the order of their positions, so that it has the same
+    bits each time. On a GPU XLA takes 8 ms for that at V=50304, D=768 and 16k tokens, and 15 for 64
+    tables of 1024 x 64; `by_order` two or less.
+    """
+    return table[tokens]
+
+
+def _look_up(table, tokens):
+    return table[tokens], (tokens, table.shape[0])
+
+
+def _add_up(kept, dy):
+    tokens, V = kept
+    rows, numbers = dy.reshape(-1, dy.shape[-1]), tokens.reshape(-1)
+    return jax.lax.platform_dependent(numbers, rows, cpu=functools.partial(by_number, V),
+                                      default=functools.partial(by_order, V)), None
+
+
+looked_up.defvjp(_look_up, _add_up)
+
+
+def by_number(V: int, numbers: Int[Array, "N"], rows: Float[Array, "N D"]) -> Float[Array, "V D"]:
+    """Add to each of V sums the rows of its number, one after the other."""
+    return jnp.zeros((V, rows.shape[1]), rows.dtype).at[numbers].add(rows)
+
+
+def by_order(V: int, numbers: Int[Array, "N"], rows: Float[Array, "N D"]) -> Float[Array, "V D"]:
+    """Give what `by_number` gives, by sorting and one running sum that starts anew at a number."""
+    order = jnp.argsort(numbers)
+    numbers = numbers[order]
+    first = jnp.diff(numbers, prepend=-1) != 0
+    _, sums = jax.lax.associative_scan(
+        lambda a, b: (a[0] | b[0], jnp.where(b[0], b[1], a[1] + b[1])),
+        (first[:, None], rows[order]))
+    end = jnp.searchsorted(numbers, jnp.arange(V), side="right")
+    found = (end > 0) & (numbers[end - 1] == jnp.arange(V))
+    return jnp.where(found[:, None], sums[end - 1], 0.0)
 
 
 class RMSNorm(nnx.Module):

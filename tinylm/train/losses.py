@@ -26,8 +26,23 @@ def nll(
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Give -log p(target) in nats and the log of the normaliser, each position."""
     logz = jax.nn.logsumexp(logits, axis=-1)
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return logz - chosen, logz
+    return logz - chosen(logits, targets), logz
+
+
+def chosen(logits: Float[Array, "B T V"], targets: Int[Array, "B T"]) -> Float[Array, "B T"]:
+    """Give the logits of the targets.
+
+    A GPU scatters the gradient of a look-up slowly, and a CPU takes a quarter more time a step to
+    compare (D=24, V=2048).
+    """
+    def look_up(logits: Array, targets: Array) -> Array:
+        return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+
+    def compare(logits: Array, targets: Array) -> Array:
+        hit = targets[..., None] == jnp.arange(logits.shape[-1])
+        return jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
+
+    return jax.lax.platform_dependent(logits, targets, cpu=look_up, default=compare)
 
 
 def next_token(config: ModelConfig, z_loss: float = 0.0, plan: Plan = PLAIN) -> Loss:
