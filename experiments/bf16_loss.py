@@ -2,11 +2,14 @@
 
 question   At the benchmark's shapes s and m and the ladder's ends, over 32 paired seeds: how much
            higher is the held-out loss of bf16 than that of f32 after equal tokens?
-command    python experiments/bf16_loss.py --out studies/bf16_loss
-cost       two hours on two cores, 50 minutes of them for m (AVX2)
+command    python experiments/bf16_loss.py --out studies/bf16_loss --widths --seeds 16
+           --steps 300 --batch 2048
+cost       40 minutes a shape on two cores (AVX2), a minute on an H200
 expected   upper 95% bound of the mean difference below .005 nats at s and m
-result     8 pairs at s: -.0059, bound +.0011; 32 at m: +.0005, bound +.0078, not shown, for the
-           members of a pair end .024 apart (results/bf16_loss.json; LOG.md)
+result     8 pairs at s (600 steps of 512 tokens): -.0059, bound +.0011; 16 at m: -.0002, bound
+           +.0037 (results/bf16_loss.json), and -.0002, bound +.0029, on an H200, which rounds sums
+           too (bf16_loss_h200.json). With 512 tokens a step the members of a pair at m end .024
+           apart, and 32 pairs show only +.0005, bound +.0078
 """
 
 import sys
@@ -40,7 +43,7 @@ class Args:
     """of tinylm/bench.py"""
     widths: tuple[int, ...] = (16, 160)
     """of the default study's ladder"""
-    seeds: int = 32
+    seeds: int = 16
     """of initial parameters and data order"""
     steps: int = 600
     batch: int = LAPTOP.batch
@@ -57,7 +60,8 @@ def main(args: Args) -> int:
     for name, model in shapes.items():
         data, _ = prepare.prepare(args.out / f"text-{model.V}", corpus, model.V, lower=True)
         table += pairs(args, name, replace(model, V=data.V), data)
-    summary = {name: difference([r for r in table if r[0] == name]) for name in shapes}
+    summary = {name: {**difference([r for r in table if r[0] == name]), "steps": args.steps,
+                      "batch": args.batch} for name in shapes}
     for name, found in summary.items():
         progress.say(f"{name}: bf16 - f32 {found['mean_nats']:+.4f} nats over {found['pairs']} "
                      f"pairs, 95% bounds {found['low']:+.4f} and {found['high']:+.4f}")

@@ -1,6 +1,7 @@
 """Serve a checkout of nanoGPT to peers.py: one JSON line in, one number out. Needs torch alone.
 
-Started by peers.py as `python peer_nanogpt.py CHECKOUT THREADS [CORE]`.
+Started by peers.py as `python peer_nanogpt.py CHECKOUT THREADS [CORE]`, by device_checks.py too,
+whose requests name a device, "cuda".
 """
 
 import json
@@ -22,6 +23,7 @@ from model import GPT, GPTConfig  # noqa: E402
 
 ANSWERS, sys.stdout = sys.stdout, sys.stderr  # nanoGPT prints
 torch.set_num_threads(int(sys.argv[2]))
+torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as its train.py
 
 
 class Trainer:
@@ -29,18 +31,21 @@ class Trainer:
 
     def __init__(self, shape, rows, tokens, how, rate=1e-3):
         torch.manual_seed(0)
-        self.model = GPT(GPTConfig(block_size=shape["T"], vocab_size=shape["V"], bias=False,
-                                   n_layer=shape["L"], n_head=shape["H"], n_embd=shape["D"]))
-        groups = self.model.configure_optimizers(0.1, rate, (0.9, 0.95), "cpu").param_groups
-        self.optimiser = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=how["fused"])
+        self.device = how.get("device", "cpu")
+        config = GPTConfig(block_size=shape["T"], vocab_size=shape["V"], bias=False,
+                           n_layer=shape["L"], n_head=shape["H"], n_embd=shape["D"])
+        self.model = GPT(config).to(self.device)
+        made = self.model.configure_optimizers(0.1, rate, (0.9, 0.95), self.device)
+        self.optimiser = torch.optim.AdamW(made.param_groups, lr=rate, betas=(0.9, 0.95),
+                                           fused=how["fused"])
         self.forward = torch.compile(self.model) if how["compile"] else self.model
-        self.batches = torch.from_numpy(np.load(tokens).astype(np.int64))
+        self.batches = torch.from_numpy(np.load(tokens).astype(np.int64)).to(self.device)
         self.micro, self.rows = how["micro"] or rows, rows
         self.dtype = torch.bfloat16 if how["bf16"] else None
         self.tokens = rows * shape["T"]
 
     def loss(self, part):
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype is not None):
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.dtype is not None):
             return self.forward(part[:, :-1].contiguous(), part[:, 1:].contiguous())[1]
 
     def step(self, t):
@@ -54,8 +59,11 @@ class Trainer:
     def rate(self, seconds):
         began, steps = time.perf_counter(), 0
         while (spent := time.perf_counter() - began) < seconds or not steps:
-            self.step(steps)
-            steps += 1
+            for _ in range(8 if self.device != "cpu" else 1):  # a device must not wait for Python
+                self.step(steps)
+                steps += 1
+            if self.device != "cpu":
+                torch.cuda.synchronize()
         return steps * self.tokens / spent
 
 

@@ -7,6 +7,7 @@ from command import ROOT
 
 from tinylm import bench, files, machine
 from tinylm.model import attention
+from tinylm.model.decoder import ModelConfig
 
 
 @pytest.fixture
@@ -34,8 +35,9 @@ def test_every_check_is_a_row_and_one_that_fails_stops_none(tmp_path, monkeypatc
     assert rows["machine"]["value"] > 0 and not found["passed"]
     for name in ("resume, one run", "resume, a population"):
         assert rows[name]["value"] == 0 and rows[name]["more"]["bytes"] > 10_000
-    assert rows["124M, best"]["value"] == rows["124M, 2 rows, recomputed, written out"]["value"] > 0
-    assert rows["population D=16, best"]["value"] == rows["population D=16 P=2"]["value"] > 0
+    assert rows["124M, best"]["value"] == rows["124M, 2 rows, recomputed, scanned"]["value"] > 0
+    together = rows["population D=16 of 64 tokens"]
+    assert together["value"] == max(r["ratio"] for r in together["more"]["rates"].values()) > 0
     assert rows["decode tiny, 2 at once"]["value"] > 0
 
 
@@ -60,3 +62,29 @@ def test_checks_that_would_begin_too_late_are_rows_that_say_so(tmp_path, checks)
     rows = files.read_json(tmp_path / "toy.json")["checks"]
     assert {r["more"]["error"] for r in rows if not r["check"].endswith("best")} >= {
         "TimeoutError: 0 minutes were over"}
+
+
+STAND_IN = """
+import json, sys
+for line in sys.stdin:
+    what, shape, rows, path, how, seconds = json.loads(line)
+    assert what == "rate" and how["device"] == "cuda" and open(path, "rb").read()
+    print(1000.0 if shape["D"] == 16 else 50.0, flush=True)
+"""
+
+
+def test_a_peer_is_held_against_our_best_rate_of_its_shape(tmp_path, monkeypatch, checks):
+    (tmp_path / "peer.py").write_text(STAND_IN)
+    monkeypatch.setattr(checks, "PEER", tmp_path / "peer.py")
+    args = checks.Args(tmp_path / "out", nanogpt=tmp_path)
+    rows = [{"check": "population D=16 of 64 ", "value": 2.0, "unit": "x", "more": {
+        "rates": {"one": {"median": 400.0}, "two": {"median": 3000.0}}}},
+            {"check": "124M, 2 rows", "value": 0.4, "unit": "x",
+             "more": {"tokens_per_second": 40.0}},
+            {"check": "124M, 2 rows, scanned", "value": None, "unit": "", "more": {}}]
+    small = checks.bench.member(16, 64, "bf16")
+    ahead = checks.peer(args, small, 1, rows, "population D=16 of 64 ")
+    assert (ahead.value, ahead.passed, ahead.more["ours"]) == (3.0, True, 3000.0)
+    behind = checks.peer(args, ModelConfig(V=128, D=32, L=2, H=2, T=32), 2, rows,
+                         "124M, 2 rows")
+    assert (behind.value, behind.passed) == (0.8, False)

@@ -49,6 +49,19 @@ def test_a_cpu_has_as_many_devices_as_are_asked_for_and_cores(monkeypatch, told,
     machine._asked.cache_clear()
 
 
+@pytest.mark.parametrize(("plugins", "told", "precision"), [
+    (True, None, "highest"), (True, "default", "default"), (False, None, None)])
+def test_an_accelerator_multiplies_float32_as_float32_and_adds_in_one_order(
+        plugins, told, precision):
+    code = (f"import os; from tinylm import machine; machine._plugins = lambda: {plugins}; "
+            "machine.pin(); print(os.environ.get('JAX_DEFAULT_MATMUL_PRECISION'), "
+            "'deterministic_ops=true' in os.environ['XLA_FLAGS'])")
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
+    env |= {"JAX_DEFAULT_MATMUL_PRECISION": told} if told else {}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.stdout.split() == [str(precision), str(plugins)]
+
+
 START = """
 import os, sys
 {odd}

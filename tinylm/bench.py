@@ -160,8 +160,7 @@ def population(sizes: tuple[int, ...], widths: tuple[int, ...], rounds: int = 5,
     """
     rates: dict[str, Any] = {}
     for width in widths:
-        config = ModelConfig(V=1024, D=width, L=4, H=max(1, width // 32), T=min(256, tokens),
-                             compute=compute)
+        config = member(width, tokens, compute)
         tasks = {_members(width, size): functools.partial(
             Trainer(config, *_populated(config, size, tokens)).rate, seconds)
             for size in sorted({1, *sizes})}
@@ -288,6 +287,12 @@ def _swept(folder: Path, runs: list[PretrainConfig], scale: float) -> dict[str, 
             "full_length_shares": {k: v / sum(full.values()) for k, v in full.items()},
             "tokens_per_second": sum(c.tokens for c in runs) / row["wall_seconds"],
             "flops_per_second": sum(c.flops for c in runs) / row["wall_seconds"]}
+
+
+def member(width: int, tokens: int, compute: str) -> ModelConfig:
+    """Give the model of a population's member."""
+    return ModelConfig(V=1024, D=width, L=4, H=max(1, width // 32), T=min(256, tokens),
+                       compute=compute)
 
 
 def _members(width: int, size: int) -> str:
