@@ -259,7 +259,8 @@ def test_a_folder_is_bound_to_its_kind_code_versions_and_machine(tmp_path, monke
     with pytest.raises(BadInput, match="begun with kind='pretrain', this is kind='sft'"):
         settle(machine.PLAIN, "sft")
     for where, name, other in ((run, "code_id", "0"), (machine, "versions", {"python": "2"}),
-                               (machine, "environment", {"device": "another"})):
+                               (machine, "environment", {"device": "another"}),
+                               (machine, "environment", {"matmul_precision": "another"})):
         with monkeypatch.context() as changed:
             true = getattr(where, name)()
             value = {**true, **other} if isinstance(true, dict) else other

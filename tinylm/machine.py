@@ -50,7 +50,7 @@ class Plan:
     """steps whose checkpoints stay, to look at afterwards"""
 
 
-BITS = ("backend", "device", "instructions", "xla_flags")
+BITS = ("backend", "device", "instructions", "xla_flags", "matmul_precision")
 """the facts of an environment that bits depend on; not the number of cores, which `pin` sees to"""
 
 PLAIN = Plan()
@@ -236,6 +236,7 @@ def environment() -> dict[str, Any]:
             "cores": len(cores()), "instructions": _instructions(),
             "backend": jax.default_backend(), "device": device.device_kind,
             "devices": jax.device_count(), "xla_flags": os.environ.get("XLA_FLAGS", ""),
+            "matmul_precision": str(jax.config.jax_default_matmul_precision or ""),
             "nproc": os.environ.get("NPROC", "")}
 
 
