@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tinylm import machine
-from tinylm.model import embedding
+from tinylm.model import embedding, heads
 from tinylm.model.decoder import ModelConfig, init, rebuild
 from tinylm.train import losses
 from tinylm.train.batch import Batch
@@ -79,9 +79,13 @@ def test_no_two_layers_make_an_equal_call_of_the_librarys_attention(monkeypatch)
         scales.append(scale), whole(*given, scale=scale, **more))[1])
     params = init(config, jax.random.key(0))
     tokens = jnp.zeros((1, 16), jnp.int32)
-    for plan in (machine.Plan(fused=True), machine.Plan(fused=True, remat=True)):
+    scored = heads.with_head(config, params, jax.random.key(1))  # PPO's loss reads two models
+
+    def both(plan, p, v):
+        return rebuild(config, p)(tokens, plan=plan), heads.scores(config, v, tokens, plan=plan)
+
+    for changed in ({}, {"remat": True}, {"unroll": False}):
         scales.clear()
-        jax.eval_shape(functools.partial(
-            lambda plan, p: rebuild(config, p)(tokens, plan=plan), plan), params)
-        assert len(scales) == len(set(scales)) == config.L
+        jax.eval_shape(functools.partial(both, machine.Plan(fused=True, **changed)), params, scored)
+        assert len(scales) == len(set(scales)) == 2 * (1 if "unroll" in changed else config.L)
         assert {np.float32(s) for s in scales} == {np.float32(16**-0.5)}

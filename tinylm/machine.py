@@ -190,7 +190,7 @@ def plan_for(rows: int, T: int, D: int, backend: str, count: int, devices: int =
     0.12 also wants two sequences at once from D=40 on (T=256, bfloat16: 1.15 to 1.16 times the
     rate of one at D=64 to 384; on 0.12 .98 at D=128, 1.02 at 256, 1.08 at 384). An accelerator
     gets longer chunks, members side by side and the library's attention; its layers are written
-    out too (scanned, an H200 trains at 58% of the rate: D=768, L=12).
+    out too (scanned, an H200 trains at 67% of the rate: D=768, L=12).
     """
     require("rows", rows, 1, 1e9)
     require("devices", devices, 0, count)

@@ -139,8 +139,13 @@ class Decoder(nnx.Module):
         tokens: Int[Array, "B T"],
         segments: Int[Array, "B T"] | None = None,
         plan: Plan = PLAIN,
+        first: int = 0,
     ) -> Float[Array, "B T D"]:
-        """Give the residual stream after the last block, before the norm."""
+        """Give the residual stream after the last block, before the norm.
+
+        `first` numbers the layers from there, apart from another model's in one program (see
+        attention.by_library).
+        """
         T = tokens.shape[1]
         index = np.arange(T)
         visible = (index[:, None] >= index[None, :])[None]
@@ -157,8 +162,8 @@ class Decoder(nnx.Module):
 
         layer = jax.checkpoint(layer, static_argnums=0) if plan.remat else layer
         if not plan.unroll:
-            return jax.lax.scan(lambda x, block: (layer(0, x, block), None), x, self.layers)[0]
-        for number, block in enumerate(self.blocks()):
+            return jax.lax.scan(lambda x, block: (layer(first, x, block), None), x, self.layers)[0]
+        for number, block in enumerate(self.blocks(), first):
             x = layer(number, x, block)
         return x
 

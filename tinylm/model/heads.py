@@ -32,7 +32,7 @@ def scores(
     """Give the score at every position, having read the tokens up to and with it, float32."""
     head = params["score_head"]
     model = rebuild(config, {k: v for k, v in params.items() if k != "score_head"})
-    x = model.norm(model.states(tokens, segments, plan)).astype(jnp.float32)
+    x = model.norm(model.states(tokens, segments, plan, config.L)).astype(jnp.float32)
     return jnp.einsum("btd,d->bt", x, head["weight"]) + head["bias"]
 
 
