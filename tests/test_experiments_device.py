@@ -48,13 +48,11 @@ def test_the_librarys_attention_is_held_against_ours(monkeypatch, checks):
     assert not checks.mixing(checks.TOY).passed
 
 
-def test_a_target_is_met_by_the_best_row_or_by_its_share(checks):
-    rows = [{"check": f"of {n}", "value": v, "unit": "x", "more": {"bf16_share": s}}
-            for n, (v, s) in enumerate(((2.0, 0.1), (5.0, 0.2), (None, 0.9)))]
-    assert checks.best(rows, "of ", 5.0, 0.5).passed and checks.best(rows, "of ", 9.0, 0.2).passed
-    assert not checks.best(rows, "of ", 5.1, 0.21).passed
+def test_a_target_is_met_by_the_best_row(checks):
+    rows = [{"check": f"of {n}", "value": v, "unit": "x"} for n, v in enumerate((2.0, 5.0, None))]
+    assert checks.best(rows, "of ", 5.0).passed and not checks.best(rows, "of ", 5.1).passed
     with pytest.raises(RuntimeError, match="none of these was measured"):
-        checks.best(rows[2:], "of ", 1.0, 1.0)
+        checks.best(rows[2:], "of ", 1.0)
 
 
 def test_checks_that_would_begin_too_late_are_rows_that_say_so(tmp_path, checks):
