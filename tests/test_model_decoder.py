@@ -183,6 +183,22 @@ def test_the_librarys_attention_and_recomputed_layers_are_the_same_function(
     assert len(calls) == config.L  # each layer's, and of the fused plan alone
 
 
+def test_mixed_states_and_their_ending_are_the_model():
+    config = ModelConfig(V=30, D=8, L=2, H=2, T=9)
+    params = drawn(config)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 30, (2, 9)))
+
+    def ended(params, unroll):
+        model = rebuild(config, params)
+        x = model.states(tokens, plan=machine.Plan(unroll=unroll, remat=True), mixed=True)
+        return model.ending()(x.reshape(1, 18, 8)).reshape(2, 9, 30)  # positions do not meet there
+
+    want = jax.jit(lambda p: rebuild(config, p)(tokens))(params)
+    for unroll in (True, False):
+        got = jax.jit(ended, static_argnums=1)(params, unroll)
+        np.testing.assert_allclose(got, want, atol=1e-5)
+
+
 def test_recomputed_layers_keep_less_for_the_way_back():
     config = ModelConfig(V=50, D=32, L=4, H=2, T=256)
     params = jax.eval_shape(functools.partial(init, config), jax.random.key(0))

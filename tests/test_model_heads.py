@@ -24,7 +24,7 @@ def params():
 
 @jax.jit
 def last(params, tokens, mask):
-    return heads.at_last(heads.scores(CONFIG, params, tokens), mask)
+    return heads.last_scores(CONFIG, params, tokens, mask)
 
 
 def rows(width: int, lengths: list[int], fill: int):
@@ -48,6 +48,8 @@ def test_a_score_is_the_same_whatever_the_padding_and_the_company(params):
     np.testing.assert_allclose(last(params, tokens[order], mask[order]), want[order], rtol=1e-5,
                                atol=1e-6)
     assert not np.asarray(last(params, tokens, 0 * mask)).any()
+    every = jax.jit(lambda p: heads.scores(CONFIG, p, tokens))(params)
+    np.testing.assert_allclose(heads.at_last(every, mask), want, rtol=1e-5, atol=1e-6)
 
 
 def test_a_zero_head_is_ln_2_a_pair_and_a_fresh_one_has_scores_of_deviation_1(params):

@@ -16,15 +16,15 @@ SHAPES = {"btd,dnk->btnk": ((3, 5, 8), (8, 2, 4), (3, 5, 2, 4)),
 HALF = jnp.dtype("bfloat16")
 
 
-def low(a):
-    return np.asarray(a.astype(HALF), np.float64)
-
-
+@pytest.mark.parametrize("dtype", [HALF, jnp.dtype("float32")])
 @pytest.mark.parametrize("spec", SHAPES)
-def test_values_and_gradients_are_sums_of_rounded_operands(spec):
+def test_values_and_gradients_are_sums_of_operands_of_that_type(spec, dtype):
+    def low(a):
+        return np.asarray(a.astype(dtype), np.float64)
+
     rng = np.random.default_rng(0)
     x, w, dy = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in SHAPES[spec])
-    y, back = jax.vjp(lambda x, w: product(spec, x, w, HALF), x, w)
+    y, back = jax.vjp(lambda x, w: product(spec, x, w, dtype), x, w)
     dx, dw = back(dy)
     x_axes, w_axes, y_axes = spec.replace("->", ",").split(",")
     expected = (np.einsum(spec, low(x), low(w)),

@@ -195,9 +195,9 @@ def test_a_temperature_divides_the_logits_before_the_softmax():
 
 def test_a_response_s_score_is_read_at_its_last_token(monkeypatch):
     """One slot earlier it is the score of a response without its end, one later of padding."""
-    monkeypatch.setattr(losses.heads, "scores", lambda config, params, tokens, plan:
-                        jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.float32),
-                                         tokens.shape))
+    monkeypatch.setattr(losses.heads, "last_scores", lambda config, params, tokens, mask, plan:
+                        losses.heads.at_last(jnp.broadcast_to(jnp.arange(
+                            tokens.shape[1], dtype=jnp.float32), tokens.shape), mask))
     tokens = np.zeros((1, 3, 7), np.int32)
     mask = np.zeros((1, 3, 6), np.float32)  # of the tokens after the first
     mask[0, 0, 2:5] = mask[0, 1, 5:] = 1
@@ -266,6 +266,27 @@ def test_every_position_predicts_the_token_after_it_and_only_what_is_supervised(
         want += np.log(np.exp(logits[b, t]).sum()) - logits[b, t, tokens[b, t + 1]]
     np.testing.assert_allclose([total, sums["nats_per_token"]], [want, want], rtol=1e-5)
     assert float(sums["weight"]) == mask.sum()
+
+
+@pytest.mark.parametrize("count", [0, 3, 9, 10, 18])
+def test_a_head_at_half_of_the_positions_has_the_loss_and_gradient_of_one_at_all(count):
+    config = ModelConfig(V=20, D=8, L=1, H=2, T=9)
+    draw = np.random.default_rng(count)
+    tokens = draw.integers(0, 20, (2, 10)).astype(np.int32)
+    mask = np.zeros(18, np.float32)
+    mask[draw.permutation(18)[:count]] = draw.uniform(0.5, 2, count)
+    mask, one = mask.reshape(2, 9), np.ones((2, 10), np.int32)
+    loss = jax.jit(jax.value_and_grad(losses.next_token(config, 0.1), has_aux=True))
+    want, got = (loss(weights_of(config), Batch(tokens, mask, packed)) for packed in (None, one))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-6), got, want)
+
+
+@pytest.mark.parametrize("count", [9, 10])
+def test_what_is_computed_follows_what_counts(count):
+    mask = jnp.float32(np.arange(18) < count).reshape(2, 9)[:, ::-1]
+    sizes = jax.jit(lambda x: losses.where_counted(lambda x: x + x.size, mask, x))(jnp.ones((2, 9)))
+    half = count == 9 and jax.default_backend() == "cpu"
+    np.testing.assert_array_equal(sizes, np.where(mask, 10 if half else 19, 0))
 
 
 def test_a_packed_row_loses_what_its_conversations_lose_alone():

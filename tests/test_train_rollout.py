@@ -73,8 +73,8 @@ def test_padding_changes_nothing_that_the_mask_shows(params, rolled):
 def test_another_temperature_is_another_policy(params, rolled):
     hot = rolls.measured(MODEL, params, params, rolled, temperature=2.0)
     logits = rebuild(MODEL, params)(jnp.asarray(rolled.tokens[:4, :-1])) / 2
-    np.testing.assert_allclose(hot.entropy[:4], -(jax.nn.softmax(logits) * jax.nn.log_softmax(
-        logits)).sum(-1), rtol=1e-4)
+    entropy = -(jax.nn.softmax(logits) * jax.nn.log_softmax(logits)).sum(-1)
+    np.testing.assert_allclose(hot.entropy[:4], entropy * rolled.mask[:4], rtol=1e-4)
 
 
 def test_a_cold_rollout_says_the_likeliest_and_a_hot_one_does_not(params):

@@ -155,6 +155,29 @@ def test_muon_turns_every_layers_matrix_into_one_with_equal_singular_values():
     np.testing.assert_allclose(moved["embed_tokens"]["weight"], plain["embed_tokens"]["weight"])
 
 
+@pytest.mark.parametrize("L", [1, 4])
+def test_muon_shared_out_over_devices_takes_the_steps_of_one(L):
+    config = ModelConfig(V=64, D=16, L=L, H=2, T=16)
+    settings = optim.OptimConfig(kind="muon", lr=1e-2, warmup=0.0)
+    params, dials = init(config, jax.random.key(0)), optim.hyper(settings, 10)
+    found = {}
+    for devices in (1, 2):
+        tx = optim.optimiser(settings, config, machine.mesh(devices))
+
+        def moved(params, state, seed, tx=tx):
+            key = jax.random.key(seed)
+            slopes = jax.tree.map(lambda p: jax.random.normal(key, p.shape), params)
+            return tx.update(slopes, state, params, hyper=dials, step=jnp.int32(1))
+
+        lowered = jax.jit(moved, static_argnums=2).lower(params, tx.init(params), 0).as_text()
+        assert ("all_gather" in lowered) == (devices == 2 and L == 4)
+        state = step.replicate(machine.mesh(devices), tx.init(params))
+        for seed in (0, 1):
+            found[devices], state = jax.jit(moved, static_argnums=2)(params, state, seed)
+    near = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-6)
+    jax.tree.map(near, found[1], found[2])
+
+
 def test_weight_decay_goes_to_matrices_by_path():
     config = ModelConfig(V=64, D=16, L=1, H=1, T=16)
     settings = optim.OptimConfig(lr=1e-2, weight_decay=0.5)
@@ -244,4 +267,4 @@ def test_a_step_that_is_not_finite_is_passed_by_where_that_is_asked_for():
     other, _ = plain(other, seen[0])
     other, _ = plain(other._replace(step=other.step + 1), seen[2])
     for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(other), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
+        np.testing.assert_allclose(a, b, atol=3e-5)  # Adam's first steps blow rounding up

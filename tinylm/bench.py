@@ -227,7 +227,8 @@ class Trainer:
     def __init__(self, config: ModelConfig, plan: machine.Plan, batches: np.ndarray,
                  settings: optim.OptimConfig = optim.OptimConfig()):  # noqa: B008
         self.tokens = batches[0, ..., 1:].size
-        tx, mesh = optim.optimiser(settings, config), machine.mesh(plan.devices)
+        mesh = machine.mesh(plan.devices)
+        tx = optim.optimiser(settings, config, mesh)
         one = step.make_step(losses.next_token(config, settings.z_loss, plan), tx, mesh, plan.micro)
         state = step.start(init(config, jax.random.key(0)), tx, optim.hyper(settings, 10**6))
         if plan.population > 1:

@@ -86,12 +86,14 @@ STORAGE = (  # file, its line or part of one, what that becomes
 )
 ALIGNMENT = (
     # the mask is dropped; targets are shifted; what pads ends a turn
-    ("train/losses.py", "        w = batch.weights\n",
-     "        w = jnp.ones_like(batch.weights)\n"),
-    ("train/losses.py", "each, logz = nll(logits, batch.tokens[:, 1:])",
-     "each, logz = nll(logits, batch.tokens[:, :-1])"),
-    ("train/losses.py", "    segments = None if batch.segments is None else batch.segments[:, :-1]",
-     "    segments = None"),
+    ("train/losses.py", "model, w = rebuild(config, params), batch.weights\n",
+     "model, w = rebuild(config, params), jnp.ones_like(batch.weights)\n"),
+    ("train/losses.py", "tokens, targets = batch.tokens[:, :-1], batch.tokens[:, 1:]",
+     "tokens, targets = batch.tokens[:, :-1], batch.tokens[:, :-1]"),
+    ("train/losses.py", "model.states(tokens, batch.segments[:, :-1], plan,",
+     "model.states(tokens, None, plan,"),
+    ("train/losses.py", "here = jnp.argsort(~counts, stable=True)",
+     "here = jnp.argsort(counts, stable=True)"),
     ("text/tokenizer.py", "PAD, BOS, SYSTEM, USER, ASSISTANT, END = range(6)",
      "BOS, SYSTEM, USER, ASSISTANT, END, PAD = 1, 2, 3, 4, 5, 5"),
     ("train/rollout.py", "said = row[: stops[0] + 1] if", "said = row[: stops[0]] if"),
@@ -108,6 +110,8 @@ ALIGNMENT = (
     # a mean for a sum in DPO; its reference, its labels, its smoothing
     ("train/losses.py", "return jnp.sum(_kept(token_logp(logits, targets), mask), axis=-1)",
      "return jnp.sum(_kept(token_logp(logits, targets), mask), axis=-1) / mask.sum(-1)"),
+    ("train/losses.py", "return jnp.sum(_kept(each, mask), axis=-1).reshape(B, R)",
+     "return (jnp.sum(_kept(each, mask), axis=-1) / mask.sum(-1)).reshape(B, R)"),
     ("train/losses.py", "reward_rejected = beta * (wide(rejected) - ref_rejected)",
      "reward_rejected = beta * (wide(rejected) - ref_chosen)"),
     ("train/losses.py", "- smoothing * jax.nn.log_sigmoid(-gap)",
@@ -120,7 +124,8 @@ ALIGNMENT = (
      "    return _inverted(jax.nn.softmax(logits, axis=-1), "),
     ("train/rollout.py", "jnp.float32(temperature))\n    return laid_out",
      "jnp.float32(1.0))\n    return laid_out"),
-    ("stages/policy.py", "tokens[:, 1:], config.temperature)", "tokens[:, 1:], 1.0)"),
+    ("stages/policy.py", "token_logp(logits(x), t, config.temperature)",
+     "token_logp(logits(x), t, 1.0)"),
     ("stages/policy.py", "ref, rolled, config.temperature)", "ref, rolled)"),
     # PPO's and GRPO's parts
     ("train/losses.py", "_kept(jnp.minimum(free, held), weights)",
@@ -136,7 +141,8 @@ ALIGNMENT = (
     ("evaluate/rates.py", "side=\"right\")", "side=\"left\") + 1"),
 )
 SAME = (  # written otherwise, and the same
-    ("train/losses.py", "    return logz - chosen, logz", "    return -(chosen - logz), logz"),
+    ("train/losses.py", "    return logz - chosen(logits, targets), logz",
+     "    return -(chosen(logits, targets) - logz), logz"),
     ("train/rewards.py", "- beta * jnp.where(real, logp - ref, 0.0)",
      "+ beta * jnp.where(real, ref - logp, 0.0)"),
     ("train/losses.py", "    gap = reward_chosen - reward_rejected\n",

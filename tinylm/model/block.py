@@ -1,5 +1,7 @@
 """One transformer block: attention, then a gated MLP, each on a normalised residual stream."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -47,7 +49,15 @@ class Block(nnx.Module):
         fused: int | None = None,
     ) -> tuple[Float[Array, "B T D"], KeyValue]:
         """Add attention's and the MLP's output to the residual stream."""
-        mixed, kept = self.self_attn(self.input_layernorm(x), turn, visible, follows, cache, start,
-                                     fused)
-        x = x + mixed
-        return x + self.mlp(self.post_attention_layernorm(x)), kept
+        x, kept = self.mix(x, turn, visible, follows, cache, start, fused)
+        return self.think(x), kept
+
+    def mix(self, x: Float[Array, "B T D"], *attended: Any, **how: Any
+            ) -> tuple[Float[Array, "B T D"], KeyValue]:
+        """Add attention's output: the part of a block in which positions meet."""
+        mixed, kept = self.self_attn(self.input_layernorm(x), *attended, **how)
+        return x + mixed, kept
+
+    def think(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Add the MLP's output, position by position."""
+        return x + self.mlp(self.post_attention_layernorm(x))

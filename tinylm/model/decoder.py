@@ -7,7 +7,7 @@ layers stacked on a leading axis.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -140,9 +140,11 @@ class Decoder(nnx.Module):
         segments: Int[Array, "B T"] | None = None,
         plan: Plan = PLAIN,
         first: int = 0,
+        mixed: bool = False,
     ) -> Float[Array, "B T D"]:
         """Give the residual stream after the last block, before the norm.
 
+        `mixed` stops where positions have met for the last time: what is left is `ending`.
         `first` numbers the layers from there, apart from another model's in one program (see
         attention.by_library).
         """
@@ -160,12 +162,21 @@ class Decoder(nnx.Module):
         def layer(number: int, x: Float[Array, "B T D"], block: Block) -> Float[Array, "B T D"]:
             return block(x, turn, visible, follows, fused=number if plan.fused else None)[0]
 
+        def meet(number: int, x: Float[Array, "B T D"], block: Block) -> Float[Array, "B T D"]:
+            return block.mix(x, turn, visible, follows, fused=number if plan.fused else None)[0]
+
         layer = jax.checkpoint(layer, static_argnums=0) if plan.remat else layer
-        if not plan.unroll:
+        if not plan.unroll and not mixed:
             return jax.lax.scan(lambda x, block: (layer(first, x, block), None), x, self.layers)[0]
-        for number, block in enumerate(self.blocks(), first):
+        *blocks, last = self.blocks()
+        for number, block in enumerate(blocks, first):
             x = layer(number, x, block)
-        return x
+        return (meet if mixed else layer)(first + len(blocks), x, last)
+
+    def ending(self) -> Callable[[Float[Array, "B T D"]], Float[Array, "B T V"]]:
+        """Give what turns mixed states into logits: the last MLP and the head, by position."""
+        last = self.blocks()[-1]
+        return lambda x: self.head(last.think(x))
 
     def blocks(self) -> list[Block]:
         """Give the layers one by one (cut them once, outside a loop that uses them)."""

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from tinylm.config import BadInput
 from tinylm.machine import PLAIN, Plan
-from tinylm.model.decoder import ModelConfig, Params, rebuild
+from tinylm.model.decoder import Decoder, ModelConfig, Params, rebuild
 
 
 def with_head(config: ModelConfig, params: Params, key: Array) -> Params:
@@ -30,20 +30,37 @@ def scores(
     segments: Int[Array, "B T"] | None = None, plan: Plan = PLAIN,
 ) -> Float[Array, "B T"]:
     """Give the score at every position, having read the tokens up to and with it, float32."""
-    head = params["score_head"]
-    model = rebuild(config, {k: v for k, v in params.items() if k != "score_head"})
-    x = model.norm(model.states(tokens, segments, plan, config.L)).astype(jnp.float32)
-    return jnp.einsum("btd,d->bt", x, head["weight"]) + head["bias"]
+    model = _trunk(config, params)
+    return _read(params, model.norm(model.states(tokens, segments, plan, config.L)))
 
 
-def at_last(scores: Float[Array, "B T"], mask: Float[Array, "B T"]) -> Float[Array, "B"]:
+def last_scores(config: ModelConfig, params: Params, tokens: Int[Array, "B T"],
+                mask: Float[Array, "B T"], plan: Plan = PLAIN) -> Float[Array, "B"]:
     """Give each row's score at its last real token, 0 for a row of padding.
 
-    The mask is of the tokens scored (not of what they predict), so no id needs a meaning.
+    The last MLP is computed there alone. The mask is of the tokens scored (not of what they
+    predict), so no id needs a meaning.
     """
+    model = _trunk(config, params)
+    x = at_last(model.states(tokens, None, plan, config.L, mixed=True), mask)[:, None]
+    found = _read(params, model.norm(model.blocks()[-1].think(x)))[:, 0]
+    return jnp.where(jnp.any(mask > 0, axis=1), found, 0.0)
+
+
+def at_last(x: Float[Array, "B T *W"], mask: Float[Array, "B T"]) -> Float[Array, "B *W"]:
+    """Give what each row has at its last real token, 0 for a row of padding."""
     real = mask > 0
     last = real & (jnp.cumsum(real[:, ::-1], axis=1)[:, ::-1] == 1)
-    return jnp.sum(jnp.where(last, scores, 0.0), axis=1)
+    return jnp.sum(jnp.where(last.reshape(last.shape + (1,) * (x.ndim - 2)), x, 0.0), axis=1)
+
+
+def _trunk(config: ModelConfig, params: Params) -> Decoder:
+    return rebuild(config, {k: v for k, v in params.items() if k != "score_head"})
+
+
+def _read(params: Params, x: Float[Array, "B T D"]) -> Float[Array, "B T"]:
+    head = params["score_head"]
+    return jnp.einsum("btd,d->bt", x.astype(jnp.float32), head["weight"]) + head["bias"]
 
 
 def normalised(

@@ -1,6 +1,7 @@
 """Products of activations with parameters: in float32, or of operands rounded to bfloat16.
 
-A bfloat16 product rounds its two operands and adds up in float32, and so do both of its gradients.
+A bfloat16 product rounds its two operands and adds up in float32, and so do both of its gradients,
+which are written out here because XLA's CPU multiplies them fast in one order only.
 An accelerator, which waits for memory more than for products, rounds the sums too, but for logits
 and the gradients of parameters: a tenth less time a step of a 124M model on an H200
 (by hand: experiments/LOG.md).
@@ -23,31 +24,31 @@ def product(spec: str, x: Float[Array, "B T ..."], w: Float[Array, "..."],
 
     `spec` has the form "bt<x's axes>,<w's axes>->bt<the others of w>". `logits` are never rounded.
     """
-    if dtype == jnp.float32:
-        return jnp.einsum(spec, x, w)
-    return _rounded(spec, logits, x, w)
+    return _product(spec, jnp.dtype(dtype), logits, x, w)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _rounded(spec: str, logits: bool, x: Array, w: Array) -> Array:
-    return _forward(spec, logits, x, w)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _product(spec: str, dtype: jnp.dtype, logits: bool, x: Array, w: Array) -> Array:
+    return _forward(spec, dtype, logits, x, w)[0]
 
 
-def _forward(spec, logits, x, w):
-    x, w = _low(x), _low(w)
+def _forward(spec, dtype, logits, x, w):
+    x, w = x.astype(dtype), w.astype(dtype)
     return (_sum if logits else _result)(spec, x, w), (x, w)
 
 
-def _backward(spec, logits, kept, dy):
-    (x, w), dy = kept, _low(dy)
+def _backward(spec, dtype, logits, kept, dy):
+    (x, w), dy = kept, dy.astype(dtype)
     x_axes, w_axes, y_axes = spec.replace("->", ",").split(",")
     dx = _result(f"{y_axes},{w_axes}->{x_axes}", dy, w)
-    if w_axes[0] in x_axes:
-        return dx, _sum(f"{x_axes[2:]}bt,{y_axes}->{w_axes}", _turn(x), dy)
-    return dx, _sum(f"{y_axes[2:]}bt,{x_axes}->{w_axes}", _turn(dy), x)
+    if w_axes[0] not in x_axes:  # a head: its gradient's rows are long
+        return dx, _sum(f"{y_axes[2:]}bt,{x_axes}->{w_axes}", _turn(dy), x)
+    if dtype == FULL:
+        return dx, _sum(f"{x_axes},{y_axes}->{w_axes}", x, dy)
+    return dx, _sum(f"{x_axes[2:]}bt,{y_axes}->{w_axes}", _turn(x), dy)
 
 
-_rounded.defvjp(_forward, _backward)
+_product.defvjp(_forward, _backward)
 
 
 def _turn(a: Array) -> Array:
@@ -55,7 +56,9 @@ def _turn(a: Array) -> Array:
 
     XLA's CPU has a fast bfloat16 product only where the summed axis of the left operand lies
     innermost; left to itself it takes the turn as a view and multiplies at float32's rate: 95
-    instead of 180 GFLOP/s of one core at 256 x 384 x 1024.
+    instead of 180 GFLOP/s of one core at 256 x 384 x 1024. In float32 it is slow where rows are a
+    long power of two, whose columns share the same lines of the cache: 21 instead of 66 at
+    256 x 64 x 1024 without AVX-512 (by hand: experiments/LOG.md).
     """
     B, T, *rest = a.shape
 
@@ -67,16 +70,14 @@ def _turn(a: Array) -> Array:
     return flat.reshape(*rest, B, T)
 
 
-def _low(a: Array) -> Array:
-    return a.astype(jnp.bfloat16)
-
-
 def _sum(spec: str, a: Array, b: Array, kind: jnp.dtype = FULL) -> Array:
     return jnp.einsum(spec, a, b, preferred_element_type=kind).astype(FULL)
 
 
 def _result(spec: str, a: Array, b: Array) -> Array:
-    """Give a product that an accelerator rounds."""
+    """Give a product that an accelerator rounds to bfloat16 where its operands are."""
+    if a.dtype == FULL:
+        return _sum(spec, a, b)
     return jax.lax.platform_dependent(
         a, b, cpu=functools.partial(_sum, spec),
         default=functools.partial(_sum, spec, kind=jnp.dtype("bfloat16")))

@@ -66,7 +66,7 @@ def dpo(folder: Path, config: DpoConfig, parent: Path, train: Ranked, held: Rank
             return done
         check(config, train, held, plan)
         model, mesh = config.model, machine.mesh(plan.devices)
-        tx = optim.optimiser(config.optim, model)
+        tx = optim.optimiser(config.optim, model, mesh)
         before = checkpoint.final_params(parent, model)
         loss = losses.preference(model, config.beta, config.smoothing, plan)
         chunk = step.make_chunk(step.make_step(

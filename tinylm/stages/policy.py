@@ -162,7 +162,7 @@ def policy(folder: Path, config: PolicyConfig, parent: Path, prompts: Sequence[n
         check(config, prompts, plan)
         model, mesh = config.model, machine.mesh(plan.devices)
         ref = step.replicate(mesh, checkpoint.final_params(parent, model))
-        tx = optim.optimiser(config.optim, model)
+        tx = optim.optimiser(config.optim, model, mesh)
         steps = config.rollouts * config.updates
         state = step.start(started(config, ref), tx, optim.hyper(config.optim, steps))
         update = jax.jit(step.make_step(policy_loss(config, plan), tx, mesh, plan.micro,
@@ -232,8 +232,11 @@ def policy_loss(config: PolicyConfig, plan: machine.Plan) -> losses.Loss:
     """Build the loss of the method on Experience, its advantages constant to it."""
     def loss(params: Params, seen: Experience) -> tuple[Array, losses.Sums]:
         tokens, model = seen.tokens, config.model
-        logits = rebuild(model, spoken(params))(tokens[:, :-1], plan=plan)
-        logp = losses.token_logp(logits, tokens[:, 1:], config.temperature)
+        own = rebuild(model, spoken(params))
+        x, logits = own.states(tokens[:, :-1], plan=plan, mixed=True), own.ending()
+        logp = losses.where_counted(
+            lambda x, t: losses.token_logp(logits(x), t, config.temperature), seen.mask, x,
+            tokens[:, 1:])
         if config.method == "ppo":
             values = heads.scores(model, params["value"], tokens[:, :-1], plan=plan)
             return losses.ppo(logp, values, seen.old, seen.old_values, seen.advantages,

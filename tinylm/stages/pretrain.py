@@ -312,7 +312,8 @@ def counts(model: ModelConfig) -> dict[str, int]:
 @functools.cache
 def _program(model: ModelConfig, fixed: optim.OptimConfig, plan: machine.Plan):
     """Build the compiled start and chunk that all runs of one shape share."""
-    mesh, tx = machine.mesh(plan.devices), optim.optimiser(fixed, model)
+    mesh = machine.mesh(plan.devices)
+    tx = optim.optimiser(fixed, model, mesh)
     loss = losses.next_token(model, fixed.z_loss, plan)
     begin = jax.jit(lambda key, hyper, scale: step.start(init(model, key, scale), tx, hyper))
     one = step.make_step(loss, tx, mesh, plan.micro, fixed.nonfinite == "skip")

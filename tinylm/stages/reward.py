@@ -77,7 +77,7 @@ def reward(folder: Path, config: RewardConfig, parent: Path, train: Ranked, held
             return done
         check(config, train, held, plan)
         model, mesh = config.model, machine.mesh(plan.devices)
-        tx = optim.optimiser(config.optim, model)
+        tx = optim.optimiser(config.optim, model, mesh)
         trunk = checkpoint.final_params(parent, model)
         state = step.start(heads.with_head(model, trunk, jax.random.key(config.seed)), tx,
                            optim.hyper(config.optim, config.steps))

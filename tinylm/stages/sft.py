@@ -97,7 +97,7 @@ def sft(
             return done
         check(config, train, held, plan)
         model, mesh = config.model, machine.mesh(plan.devices)
-        tx = optim.optimiser(config.optim, model)
+        tx = optim.optimiser(config.optim, model, mesh)
         before = checkpoint.final_params(parent, model)
         state = step.start(before, tx, optim.hyper(config.optim, config.steps))
         loss = losses.next_token(model, config.optim.z_loss, plan)
@@ -112,7 +112,9 @@ def sft(
                 return talks
             text = batch.batch(data.train, config.seed, t, base, model.T)
             text = text._replace(segments=np.ones_like(text.tokens))
-            return batch.Batch(*(np.concatenate(both) for both in zip(talks, text, strict=True)))
+            spread = np.arange(config.rows).reshape(-1, plan.devices).T.reshape(-1)
+            return batch.Batch(*(np.concatenate(both)[spread]
+                                 for both in zip(talks, text, strict=True)))
 
         tokens = config.steps * config.rows * model.T
         some = Packed(*(of[:PROBED] for of in held[:3]), 0)

@@ -45,15 +45,42 @@ def chosen(logits: Float[Array, "B T V"], targets: Int[Array, "B T"]) -> Float[A
     return jax.lax.platform_dependent(logits, targets, cpu=look_up, default=compare)
 
 
+def where_counted(of: Callable[..., Any], mask: Float[Array, "B T"], *arrays: Array) -> Any:
+    """Give of(*arrays), arrays [B, T] of positions, where the mask is not 0, and 0 elsewhere.
+
+    A response is a third of its row, and the head two fifths of a small model's products: where
+    half of the positions count or fewer, a CPU computes at half of them alone. An accelerator
+    computes at all: it would wait for the count.
+    """
+    counts, room = mask.reshape(-1) != 0, mask.size // 2
+
+    def everywhere(*arrays: Array) -> Any:
+        return jax.tree.map(lambda a: jnp.where(mask != 0, a, 0), of(*arrays))
+
+    def at_half(*arrays: Array) -> Any:
+        here = jnp.argsort(~counts, stable=True)[:room]
+        found = of(*(a.reshape(mask.size, *a.shape[2:])[here][None] for a in arrays))
+        return jax.tree.map(lambda a: jnp.where(
+            counts, jnp.zeros(mask.size, a.dtype).at[here].set(a[0]), 0).reshape(mask.shape), found)
+
+    def by_count(*arrays: Array) -> Any:
+        return jax.lax.cond(counts.sum() <= room, at_half, everywhere, *arrays)
+
+    return jax.lax.platform_dependent(*arrays, cpu=by_count, default=everywhere)
+
+
 def next_token(config: ModelConfig, z_loss: float = 0.0, plan: Plan = PLAIN) -> Loss:
     """Build the loss of predicting tokens[:, 1:]: weighted nll + z_loss * logz^2 (2204.02311)."""
 
     def loss(params: Params, batch: Batch) -> tuple[Array, Sums]:
-        model = rebuild(config, params)
-        segments = None if batch.segments is None else batch.segments[:, :-1]
-        logits = model(batch.tokens[:, :-1], segments=segments, plan=plan)
-        each, logz = nll(logits, batch.tokens[:, 1:])
-        w = batch.weights
+        model, w = rebuild(config, params), batch.weights
+        tokens, targets = batch.tokens[:, :-1], batch.tokens[:, 1:]
+        if batch.segments is None:
+            each, logz = nll(model(tokens, plan=plan), targets)
+        else:
+            x = model.states(tokens, batch.segments[:, :-1], plan, mixed=True)
+            logits = model.ending()
+            each, logz = where_counted(lambda x, t: nll(logits(x), t), w, x, targets)
         sums = {"nats_per_token": jnp.sum(w * each), "weight": jnp.sum(w)}
         return jnp.sum(w * (each + z_loss * logz**2)), sums
 
@@ -75,8 +102,8 @@ def response_scores(config: ModelConfig, params: Params, batch: Any,
     """Give a reward model's score of each response, read at its last token; 0 for none."""
     B, R, T1 = batch.tokens.shape
     real = jnp.pad(batch.mask, ((0, 0), (0, 0), (1, 0))).reshape(B * R, T1)
-    each = heads.scores(config, params, batch.tokens.reshape(B * R, T1), plan=plan)
-    return heads.at_last(each, real).reshape(B, R)
+    tokens = batch.tokens.reshape(B * R, T1)
+    return heads.last_scores(config, params, tokens, real, plan).reshape(B, R)
 
 
 class Pairs(NamedTuple):
@@ -104,9 +131,11 @@ def response_logp(config: ModelConfig, params: Params, tokens: Int[Array, "B R T
                   mask: Float[Array, "B R T"], plan: Plan = PLAIN) -> Float[Array, "B R"]:
     """Give the log-probability of each response, summed over its tokens and its end, nats."""
     B, R, T1 = tokens.shape
-    flat = tokens.reshape(B * R, T1)
-    logits = rebuild(config, params)(flat[:, :-1], plan=plan)
-    return sequence_logp(logits, flat[:, 1:], mask.reshape(B * R, -1)).reshape(B, R)
+    flat, mask = tokens.reshape(B * R, T1), mask.reshape(B * R, T1 - 1)
+    model = rebuild(config, params)
+    logits, x = model.ending(), model.states(flat[:, :-1], plan=plan, mixed=True)
+    each = where_counted(lambda x, t: token_logp(logits(x), t), mask, x, flat[:, 1:])
+    return jnp.sum(_kept(each, mask), axis=-1).reshape(B, R)
 
 
 def of_row(config: ModelConfig, params: Params,

@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 import optax
 import optax.contrib
+from jax.flatten_util import ravel_pytree
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from tinylm.config import require
@@ -95,15 +97,41 @@ def rate(h: Hyper, step: Array) -> Float[Array, ""]:
     return h.lr * jnp.clip(jnp.minimum(up, down), 0.0, 1.0)
 
 
-def optimiser(config: OptimConfig, model: ModelConfig) -> optax.GradientTransformationExtraArgs:
-    """Build the transformation; `update` takes `hyper` and `step` as extra arguments."""
+def optimiser(config: OptimConfig, model: ModelConfig, mesh: jax.sharding.Mesh | None = None
+              ) -> optax.GradientTransformationExtraArgs:
+    """Build the transformation; `update` takes `hyper` and `step` as extra arguments.
+
+    The devices of a `mesh` share the layers out for Muon, which costs a fifth of a small step.
+    """
     direction = optax.scale_by_adam(config.beta1, config.beta2, eps=1e-8)
     if config.kind == "muon":
-        direction = optax.partition(
-            {"adamw": direction,
-             "muon": optax.contrib.scale_by_muon(weight_dimension_numbers=_axes)}, _kinds)
+        muon = optax.contrib.scale_by_muon(weight_dimension_numbers=_axes)
+        if mesh is not None and mesh.size > 1 and model.L % mesh.size == 0:
+            muon = _shared_out(muon, mesh)
+        direction = optax.partition({"adamw": direction, "muon": muon}, _kinds)
     return optax.chain(optax.clip_by_global_norm(config.clip), direction,
                        _decay_and_rate(config.kind, model))
+
+
+def _shared_out(muon: optax.GradientTransformation, mesh: jax.sharding.Mesh
+                ) -> optax.GradientTransformation:
+    """Let each device take its part of the layers (the first axis) and tell it to all."""
+    def mine(updates: Any, state: Any) -> tuple[Any, Any]:
+        def part(a: Array) -> Array:
+            size = a.shape[0] // mesh.size
+            return jax.lax.dynamic_slice_in_dim(a, jax.lax.axis_index("data") * size, size)
+
+        updates, mu = jax.tree.map(part, (updates, state.mu))
+        updates, state = muon.update(updates, state._replace(mu=mu))
+        flat, whole = ravel_pytree((updates, state.mu))
+        parts = jax.vmap(whole)(jax.lax.all_gather(flat, "data"))
+        updates, mu = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), parts)
+        return updates, state._replace(mu=mu)
+
+    spec = PartitionSpec()
+    everywhere = jax.shard_map(mine, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    return optax.GradientTransformation(muon.init, lambda updates, state, _=None:
+                                        everywhere(updates, state))
 
 
 def _decay_and_rate(kind: str, model: ModelConfig) -> optax.GradientTransformationExtraArgs:

@@ -9,6 +9,7 @@ compares with is what it computes; a test holds them to the cached decoder's own
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -44,7 +45,7 @@ Judge = Callable[[Rollout, np.ndarray], np.ndarray]
 
 
 class Measured(NamedTuple):
-    """What a model says of a rollout's positions, [B, T] each."""
+    """What a model says of a rollout's responses, [B, T] each; 0 where the mask is."""
 
     logp: Array
     kl: Array
@@ -91,13 +92,21 @@ def laid_out(prompts: Sequence[np.ndarray], drawn: Int[np.ndarray, "B N"], width
 def measured(config: ModelConfig, params: Params, ref: Params, rolled: Rollout,
              temperature: float = 1.0) -> Measured:
     """Read log-probabilities, exact KL to the reference and entropy off the full forward pass."""
-    return rowwise.each(_measured, config, (params, ref, jnp.float32(temperature)), rolled.tokens)
+    return rowwise.each(_measured, config, (params, ref, jnp.float32(temperature)),
+                        (rolled.tokens, rolled.mask))
 
 
-def _measured(config: ModelConfig, given: tuple[Params, Params, Array], row: Array) -> Measured:
-    params, ref, temperature = given
-    tokens = row[None]
-    logits, others = (rebuild(config, of)(tokens[:, :-1]) / temperature for of in (params, ref))
-    read = Measured(losses.token_logp(logits, tokens[:, 1:]), rewards.exact_kl(logits, others),
-                    losses.token_logp(others, tokens[:, 1:]), rewards.entropy(logits))
-    return Measured(*(of[0] for of in read))
+def _measured(config: ModelConfig, given: tuple[Params, Params, Array],
+              row: tuple[Array, Array]) -> Measured:
+    (*models, temperature), (tokens, mask) = given, jax.tree.map(lambda a: a[None], row)
+    both = [rebuild(config, of) for of in models]
+    own, other = (of.ending() for of in both)
+
+    def read(x: Array, y: Array, targets: Array) -> Measured:
+        logits, others = own(x) / temperature, other(y) / temperature
+        return Measured(losses.token_logp(logits, targets), rewards.exact_kl(logits, others),
+                        losses.token_logp(others, targets), rewards.entropy(logits))
+
+    states = (of.states(tokens[:, :-1], mixed=True) for of in both)
+    found = losses.where_counted(read, mask, *states, tokens[:, 1:])
+    return Measured(*(of[0] for of in found))

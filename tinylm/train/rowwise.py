@@ -42,7 +42,7 @@ def each(one: One, model: ModelConfig, params: Any, rows: Any) -> Any:
 @functools.cache
 def _program(one: One, model: ModelConfig, mesh: jax.sharding.Mesh) -> Callable[[Any, Any], Any]:
     def mine(params: Any, rows: Any) -> Any:
-        at_once = 1 if jax.default_backend() == "cpu" else AT_ONCE
+        at_once = None if jax.default_backend() == "cpu" else AT_ONCE  # 1 would compute all cases
         return jax.lax.map(functools.partial(one, model, params), rows, batch_size=at_once)
 
     # no collective: of many such programs under way at once, those of a CPU may wait for ever
