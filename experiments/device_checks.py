@@ -39,7 +39,7 @@ import jax.numpy as jnp  # noqa: E402
 
 from tinylm import bench  # noqa: E402
 from tinylm.__main__ import arguments, guarded  # noqa: E402
-from tinylm.config import to_json  # noqa: E402
+from tinylm.config import BadInput, to_json  # noqa: E402
 from tinylm.laws.accounting import flops_per_token  # noqa: E402
 from tinylm.look import progress  # noqa: E402
 from tinylm.model import attention  # noqa: E402
@@ -106,6 +106,8 @@ class Found(NamedTuple):
 
 def main(args: Args) -> int:
     """Do every check, print a line each, write the record; 1 where any failed."""
+    if args.nanogpt and not (args.nanogpt / "model.py").exists():
+        raise BadInput(f"{args.nanogpt} holds no model.py; give a checkout of nanoGPT")
     began, rows = time.monotonic(), []
     for name, work in checks(args, TOY if args.toy else FULL, rows):
         row = {"check": name, "at_seconds": round(time.monotonic() - began, 1)}

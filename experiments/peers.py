@@ -168,7 +168,7 @@ def training(args, model, shape, rows, paths) -> dict[str, Any]:
 
 
 def decoding(args, model, shape) -> dict[str, Any]:
-    """Give tokens a second of T - 1 tokens after one, ours over one device, theirs over all."""
+    """Give tokens a second of T - 1 tokens after one; many rows over all devices, as theirs are."""
     found = {}
     with bench.Crew(peers(args, 1)) as theirs:
         for rows in (1, 64):

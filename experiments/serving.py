@@ -62,7 +62,7 @@ class Heard(NamedTuple):
 def main(args: Args) -> int:
     """Time the loop and the server in turn, the server idle while the loop runs."""
     config = models.opened(args.run, None)[0]
-    loop = bench.decoder(config, args.clients)
+    loop = bench.decoder(config, args.clients, devices=1)  # as many as the server decodes on
     loop()
     alone, heard, wall = [], [], 0.0
     with served(args.run) as port:

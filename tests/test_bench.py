@@ -17,6 +17,7 @@ from tinylm.model.decoder import ModelConfig
 from tinylm.sweep import cells, presets
 
 TINY = ModelConfig(V=64, D=16, L=2, H=2, T=16)
+MANY = jax.device_count()
 
 
 @pytest.fixture(autouse=True)
@@ -84,6 +85,15 @@ def test_decoding_is_timed_for_each_batch_with_and_without_a_cache():
         assert "ratio" not in slow
     assert set(rates) == {"tiny batch 1", "tiny batch 3"}
     assert all(r["median"] > 0 for r in rates.values())
+
+
+@pytest.mark.parametrize(("rows", "asked", "used"), [(2 * MANY, 0, MANY), (1, 0, 1), (MANY, 1, 1)])
+def test_sequences_are_decoded_on_as_many_devices_as_divide_them(monkeypatch, rows, asked, used):
+    seen = []
+    monkeypatch.setattr(bench, "decode", lambda config, params, state, *_, **__: (
+        seen.append(state.begin.sharding), (state, state.begin))[1])
+    bench.decoder(bench.shape("tiny")[0], rows, asked)()
+    assert len(seen[0].device_set) == used and not (used > 1 and seen[0].is_fully_replicated)
 
 
 def test_without_a_cache_a_token_costs_a_pass_over_the_whole_context(monkeypatch):

@@ -6,6 +6,7 @@ import pytest
 from command import ROOT
 
 from tinylm import bench, files, machine
+from tinylm.config import BadInput
 from tinylm.model import attention
 from tinylm.model.decoder import ModelConfig
 
@@ -86,3 +87,9 @@ def test_a_peer_is_held_against_our_best_rate_of_its_shape(tmp_path, monkeypatch
     behind = checks.peer(args, ModelConfig(V=128, D=32, L=2, H=2, T=32), 2, rows,
                          "124M, 2 rows")
     assert (behind.value, behind.passed) == (0.8, False)
+
+
+def test_a_folder_that_is_no_checkout_is_refused_before_any_check(tmp_path, checks):
+    with pytest.raises(BadInput, match="holds no model.py"):
+        checks.main(checks.Args(tmp_path / "out", nanogpt=tmp_path, toy=True, results=tmp_path))
+    assert not list(tmp_path.iterdir())

@@ -289,6 +289,18 @@ def test_what_is_computed_follows_what_counts(count):
     np.testing.assert_array_equal(sizes, np.where(mask, 10 if half else 19, 0))
 
 
+def test_a_response_s_log_probability_is_the_sum_over_its_tokens_read_off_the_model():
+    config = ModelConfig(V=20, D=8, L=1, H=2, T=9)
+    params, mask = weights_of(config), np.zeros((2, 2, 9), np.float32)
+    tokens = np.random.default_rng(0).integers(0, 20, (2, 2, 10)).astype(np.int32)
+    mask[0, :, 4:] = mask[1, 0, 7:] = mask[1, 1, 2:3] = 1
+    got = jax.jit(functools.partial(losses.response_logp, config))(params, tokens, mask)
+    for b in range(2):
+        logits = rebuild(config, params)(jnp.asarray(tokens[b, :, :-1]))
+        want = losses.sequence_logp(logits, *map(jnp.asarray, (tokens[b, :, 1:], mask[b])))
+        np.testing.assert_allclose(got[b], want, rtol=1e-5)
+
+
 def test_a_packed_row_loses_what_its_conversations_lose_alone():
     config = ModelConfig(V=20, D=8, L=2, H=2, T=15)
     params = weights_of(config)

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -342,10 +343,14 @@ def _gflops(program: Callable, arguments: tuple, cost: float, seconds: float = 0
     return times * cost / spent / 1e9
 
 
-def decoder(config: ModelConfig, B: int) -> Callable[[], float]:
-    """Give a task: decode T - 1 tokens from one, B sequences at once; tokens a second."""
-    params = init(config, jax.random.key(0))
-    ready = prefill(config, params, [np.array([config.V - 1])] * B)
+def decoder(config: ModelConfig, B: int, devices: int = 0) -> Callable[[], float]:
+    """Give a task: decode T - 1 tokens from one, B sequences at once; tokens a second.
+
+    They are spread over `devices`; 0: over as many as divide B, as rollouts are.
+    """
+    mesh = machine.mesh(devices or math.gcd(jax.device_count(), B))
+    params = step.replicate(mesh, init(config, jax.random.key(0)))
+    ready = prefill(config, params, [np.array([config.V - 1])] * B, place=step.by_row(mesh))
 
     def once() -> float:
         began = time.perf_counter()
@@ -358,9 +363,13 @@ def decoder(config: ModelConfig, B: int) -> Callable[[], float]:
 
 
 def uncached(config: ModelConfig, B: int) -> Callable[[], float]:
-    """Give a task: B sequences' next tokens by a forward pass over T positions; tokens a second."""
-    params = init(config, jax.random.key(0))
-    tokens = jnp.zeros((B, config.T), jnp.int32)
+    """Give a task: B sequences' next tokens by a forward pass over T positions; tokens a second.
+
+    They are spread as `decoder` spreads them.
+    """
+    mesh = machine.mesh(math.gcd(jax.device_count(), B))
+    params = step.replicate(mesh, init(config, jax.random.key(0)))
+    tokens = step.by_row(mesh)(np.zeros((B, config.T), np.int32))
     after = jax.jit(lambda params: rebuild(config, params)(tokens)[:, -1].argmax(-1))
 
     def once() -> float:
