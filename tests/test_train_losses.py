@@ -301,6 +301,16 @@ def test_a_response_s_log_probability_is_the_sum_over_its_tokens_read_off_the_mo
         np.testing.assert_allclose(got[b], want, rtol=1e-5)
 
 
+def test_a_kind_of_model_that_is_not_cut_in_two_has_log_probabilities_too():
+    config = ModelConfig(kind="position_weights", V=20, D=8, L=3, T=9)
+    params = init(config, jax.random.key(0))
+    tokens = np.random.default_rng(0).integers(0, 20, (2, 10)).astype(np.int32)
+    mask = np.float32(np.arange(18) % 9 > 5).reshape(2, 9)
+    want = jax.jit(losses.next_token(config))(params, Batch(tokens, mask))[0]
+    said = losses.response_logp(config, params, jnp.asarray(tokens[None]), jnp.asarray(mask[None]))
+    np.testing.assert_allclose(-said.sum(), want, rtol=1e-5)
+
+
 def test_a_packed_row_loses_what_its_conversations_lose_alone():
     config = ModelConfig(V=20, D=8, L=2, H=2, T=15)
     params = weights_of(config)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from tinylm.machine import PLAIN, Plan
 from tinylm.model import heads
-from tinylm.model.decoder import ModelConfig, Params, rebuild
+from tinylm.model.decoder import Decoder, ModelConfig, Params, rebuild
 from tinylm.train.batch import Batch
 from tinylm.train.rewards import Scalar, kl_estimate, wide
 
@@ -69,6 +69,17 @@ def where_counted(of: Callable[..., Any], mask: Float[Array, "B T"], *arrays: Ar
     return jax.lax.platform_dependent(*arrays, cpu=by_count, default=everywhere)
 
 
+def in_two(model: Any, tokens: Int[Array, "B T"], segments: Int[Array, "B T"] | None,
+           plan: Plan) -> tuple[Array, Callable[[Array], Array]]:
+    """Give what a model makes of tokens together, and what makes logits of that by position.
+
+    A kind of model that is not cut in two gives its logits at once.
+    """
+    if isinstance(model, Decoder):
+        return model.states(tokens, segments, plan, mixed=True), model.ending()
+    return model(tokens, segments, plan), lambda logits: logits
+
+
 def next_token(config: ModelConfig, z_loss: float = 0.0, plan: Plan = PLAIN) -> Loss:
     """Build the loss of predicting tokens[:, 1:]: weighted nll + z_loss * logz^2 (2204.02311)."""
 
@@ -78,8 +89,7 @@ def next_token(config: ModelConfig, z_loss: float = 0.0, plan: Plan = PLAIN) -> 
         if batch.segments is None:
             each, logz = nll(model(tokens, plan=plan), targets)
         else:
-            x = model.states(tokens, batch.segments[:, :-1], plan, mixed=True)
-            logits = model.ending()
+            x, logits = in_two(model, tokens, batch.segments[:, :-1], plan)
             each, logz = where_counted(lambda x, t: nll(logits(x), t), w, x, targets)
         sums = {"nats_per_token": jnp.sum(w * each), "weight": jnp.sum(w)}
         return jnp.sum(w * (each + z_loss * logz**2)), sums
@@ -133,7 +143,7 @@ def response_logp(config: ModelConfig, params: Params, tokens: Int[Array, "B R T
     B, R, T1 = tokens.shape
     flat, mask = tokens.reshape(B * R, T1), mask.reshape(B * R, T1 - 1)
     model = rebuild(config, params)
-    logits, x = model.ending(), model.states(flat[:, :-1], plan=plan, mixed=True)
+    x, logits = in_two(model, flat[:, :-1], None, plan)
     each = where_counted(lambda x, t: token_logp(logits(x), t), mask, x, flat[:, 1:])
     return jnp.sum(_kept(each, mask), axis=-1).reshape(B, R)
 
