@@ -83,3 +83,14 @@ def test_what_goes_wrong_before_a_command_begins_is_one_line(odd, then, code, wo
                           env=env, capture_output=True, text=True)
     line, = done.stderr.splitlines()
     assert done.returncode == code and line.startswith(words)
+
+
+@pytest.mark.parametrize(("pinned", "threads"), [
+    ("1, (CORE,)", ["1", "one"]), ("1", ["2", "several"]), ("2", ["2", "several"]),
+    ("4", ["4", "several"])])
+def test_a_process_of_one_core_has_one_thread(pinned, threads):
+    code = ("import os; from tinylm import machine; "
+            f"machine.pin({pinned.replace('CORE', str(machine.cores()[0]))}); "
+            "print(os.environ['NPROC'], machine.environment()['threads'])")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == threads

@@ -122,6 +122,26 @@ def test_a_sweep_killed_in_its_middle_ends_with_the_same_bits(
     assert not list(tmp_path.rglob(".*.tmp"))
 
 
+REPLAY = """
+import sys
+from pathlib import Path
+from tinylm import machine
+pin = machine.pin
+machine.pin = lambda *asked: print("pinned", *asked) or pin(*asked)
+from tinylm.verbs import again
+again.replay(Path(sys.argv[1]))
+"""
+
+
+def test_a_run_of_one_core_is_replayed_on_one(whole, configs):
+    place = whole[0] / cells.name(configs[-1])
+    assert files.read_json(place / "environment.json")["threads"] == "one"
+    done = subprocess.run([sys.executable, "-c", REPLAY, str(place)], capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr
+    assert "pinned 1 " in done.stdout and "equal" in done.stdout
+
+
 def test_workers_that_do_not_start_are_told_with_what_they_said(tmp_path, config):  # noqa: F811
     with pytest.raises(BadInput, match="workers end before they begin a run; .*worker-.*: .*none"):
         runner.sweep(tmp_path / "runs", [config], tmp_path / "none")

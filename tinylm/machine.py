@@ -50,7 +50,7 @@ class Plan:
     """steps whose checkpoints stay, to look at afterwards"""
 
 
-BITS = ("backend", "device", "instructions", "xla_flags", "matmul_precision")
+BITS = ("backend", "device", "instructions", "xla_flags", "matmul_precision", "threads")
 """the facts of an environment that bits depend on; not the number of cores, which `pin` sees to"""
 
 PLAIN = Plan()
@@ -60,8 +60,11 @@ PLAIN = Plan()
 def pin(devices: int = 1, cores: tuple[int, ...] = ()) -> None:
     """Set what the bits and the speed of a process depend on; call before JAX is imported.
 
-    NPROC of 2 or more makes large matrix products independent of the number of cores; threefry
-    makes random numbers independent of sharding; each CPU device computes on one thread.
+    NPROC is the number of XLA's threads: one where the process is pinned to one core, on which two
+    take turns and each other's cache (by hand, experiments/LOG.md: 1.04 to 1.26 times the time),
+    else two at least. Large products have the same bits for any number from two on, whatever the
+    cores, and some have others for one.
+    Threefry makes random numbers independent of sharding.
     """
     if "jax" in sys.modules:
         raise RuntimeError("machine.pin must run before jax is imported")
@@ -75,7 +78,7 @@ def pin(devices: int = 1, cores: tuple[int, ...] = ()) -> None:
         # else an accelerator rounds the operands of float32 products, unlike a CPU
         os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
     os.environ["XLA_FLAGS"] = flags
-    os.environ["NPROC"] = str(max(2, devices))
+    os.environ["NPROC"] = str(1 if len(cores) == 1 else max(2, devices))
     os.environ["JAX_NUM_CPU_DEVICES"] = str(devices)
     os.environ.setdefault("JAX_THREEFRY_PARTITIONABLE", "1")
     os.environ.setdefault("JAX_DEFAULT_PRNG_IMPL", "threefry2x32")
@@ -237,7 +240,7 @@ def environment() -> dict[str, Any]:
             "backend": jax.default_backend(), "device": device.device_kind,
             "devices": jax.device_count(), "xla_flags": os.environ.get("XLA_FLAGS", ""),
             "matmul_precision": str(jax.config.jax_default_matmul_precision or ""),
-            "nproc": os.environ.get("NPROC", "")}
+            "threads": "one" if os.environ.get("NPROC") == "1" else "several"}
 
 
 def _instructions() -> str:
