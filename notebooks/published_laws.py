@@ -79,8 +79,10 @@ if chinchilla:
         fit = fit_form(chinchilla, "chinchilla", objective)
         found = told(fit, 400 if objective == "huber" else 0)
         print(objective, {k: round(v, 4) for k, v in found["law"].items()})
+        # which start comes out ahead, and how near it ends, is decided by rounding: not printed
         print("   certificate:", {k: v if isinstance(v, list) else float(f"{v:.3g}")
-                                  for k, v in found["certificate"].items()})
+                                  for k, v in found["certificate"].items()
+                                  if k not in ("moved", "gradient_norm")})
     print("huber, standard deviations over 400 resamples:",
           {k: float(f"{v['sd']:.3g}") for k, v in found["bootstrap"]["constants"].items()})
     show("chinchilla_residuals", plots.residuals, chinchilla, fit,

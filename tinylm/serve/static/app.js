@@ -314,6 +314,7 @@ $("tabs").onkeydown = (event) => {
 TABS.forEach((name) => { $("tab-" + name).onclick = () => choose(name); });
 $("text").oninput = () => {
   clearTimeout(typed);
+  $(tab).setAttribute("aria-busy", true);  // what it shows is of another text from here on
   typed = setTimeout(look, tab === "tokens" ? 0 : 250);
 };
 $("model").onchange = look;
