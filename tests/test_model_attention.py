@@ -38,6 +38,19 @@ def test_values_and_gradients_are_those_of_the_definition(T, H, G, packed):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), ours, exact)
 
 
+def test_blocks_may_see_fewer_keys_than_the_one_before_and_keys_may_be_seen_by_none():
+    """Four blocks of 64 queries see 250, 100, 180 and 64 of 256 keys, all but a few of them."""
+    *qkv, slope = drawn(256, 2, 1, K=6)
+    visible = np.random.default_rng(0).random((2, 256, 256)) < 0.9
+    for block, end in enumerate((250, 100, 180, 64)):
+        visible[:, 64 * block:64 * (block + 1), end:] = False
+    ours, exact = (jax.jit(jax.value_and_grad(
+        lambda q, k, v, f=f: jnp.sum(slope * f(q, k, v, visible)), argnums=(0, 1, 2)))(*qkv)
+        for f in (attention.attend, defined))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), ours, exact)
+    assert all(not grad[:, :, 250:].any() and grad[:, :, 249].any() for grad in ours[1][1:])
+
+
 @pytest.mark.parametrize(("T", "H", "G"), [(16, 2, 2), (130, 4, 2), (300, 2, 1)])
 @pytest.mark.parametrize("rows", [1, 2, 9])
 def test_bfloat16_operands_round_values_and_gradients_and_no_more(T, H, G, rows):

@@ -1,14 +1,26 @@
 """Sampling: cached equals full, streaming equals at once, and it stops."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_model_decoder import SMALL, drawn, forward
 
+from tinylm import machine
 from tinylm.config import BadInput
 from tinylm.model.decoder import ModelConfig
-from tinylm.model.generate import CONTROL, draw, prefill, sample, stream
+from tinylm.model.generate import (
+    CONTROL,
+    _decode,
+    _spread,
+    decode,
+    draw,
+    prefill,
+    sample,
+    stream,
+)
 from tinylm.text import tokenizer
+from tinylm.train import step
 
 PROMPT = np.array([1, 20, 30, 40], np.int32)
 
@@ -84,11 +96,32 @@ def test_sampled_frequencies_are_the_softmax(params):
 def test_drawn_tokens_follow_the_softmax_and_never_an_impossible_one(V):
     logits = np.random.default_rng(0).normal(0, 2, V).astype(np.float32)
     logits[::3] = -1e30
-    found = np.asarray(jax.jit(draw)(np.tile(logits, (200_000, 1)), jax.random.key(1)))
+    shares = jax.random.uniform(jax.random.key(1), (2, 200_000))
+    found = np.asarray(jax.jit(draw)(np.tile(logits, (200_000, 1)), shares))
     p = np.asarray(jax.nn.softmax(logits))
     counts = np.bincount(found, minlength=V) / len(found)
     assert not counts[::3].any()
     assert (np.abs(counts - p) <= 5 * np.sqrt(p / len(found)) + 1e-9).all()
+
+
+def test_rows_on_several_devices_are_those_of_one_and_no_device_waits_for_another(params):
+    prompts = [PROMPT, PROMPT[:2], PROMPT[:3], PROMPT] * 2
+    place = step.by_row(machine.mesh(4))
+    states = [prefill(SMALL, params, prompts), prefill(SMALL, params, prompts, place=place)]
+    dials = (jax.random.key(3), jnp.float32(1.5))
+    (_, alone), (_, apart) = (decode(SMALL, params, state, 12, *dials) for state in states)
+    assert [part.data.shape for part in apart.addressable_shards] == [(2, 12)] * 4
+    np.testing.assert_array_equal(alone, apart)
+    lengths = (np.asarray(alone).reshape(4, -1) > 0).sum(axis=1)
+    assert len(set(lengths)) > 1 and (np.asarray(alone)[:, -1] == 0).any()
+    halves, state = [], states[1]
+    for _ in range(2):
+        state, half = decode(SMALL, params, state, 6, *dials)
+        halves.append(half)
+    np.testing.assert_array_equal(np.concatenate(halves, axis=1), alone)
+    said = _decode.lower(SMALL, params, states[1], 12, *dials, CONTROL, _spread(states[1].begin))
+    words = ("all-gather", "all-reduce", "collective")
+    assert not [word for word in words if word in said.compile().as_text()]
 
 
 def test_control_ids_are_those_of_the_tokenizer():

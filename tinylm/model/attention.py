@@ -6,6 +6,7 @@ one layer can look for what followed a token's last occurrence, and a small mode
 """
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -122,14 +123,11 @@ def attend(
         return jnp.concatenate([attend(*row, seen, dtype)
                                 for row, seen in zip(rows, each, strict=True)])
     operands = "float32" if dtype == FULL else "bfloat16" if half else "rounded"
-    q_BGJTK, parts = _grouped(q, k), []
-    for rows in np.array_split(np.arange(T), blocks):
-        here, seen = visible[:, rows[0]:rows[-1] + 1], k.shape[2]
-        if blocks > 1:
-            seen = int(np.flatnonzero(here.any(axis=(0, 1))).max()) + 1
-        parts.append(_mix(operands, q_BGJTK[..., rows[0]:rows[-1] + 1, :], k[:, :, :seen],
-                          v[:, :, :seen], here[..., :seen]))
-    mixed_BGJTK = parts[0] if blocks == 1 else jnp.concatenate(parts, axis=3)
+    parts = [visible]
+    if blocks > 1:
+        parts = [part[..., :1 + int(np.flatnonzero(part.any(axis=(0, 1))).max())]
+                 for part in np.array_split(visible, blocks, axis=1)]
+    mixed_BGJTK = _mix(operands, _grouped(q, k), k, v, parts)
     return mixed_BGJTK.transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
 
@@ -203,17 +201,27 @@ def _low(a: Array, operands: str) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _mix(operands, q_BGJTK, k, v, visible):
+    """Attend block by block of queries; `visible` has for each [B, its queries, the keys it sees].
+
+    Those are the first of all keys.
+    """
     return _mix_forward(operands, q_BGJTK, k, v, visible)[0]
 
 
 def _mix_forward(operands, q, k, v, visible):
     """Divide by the sum of the weights after the product with v, where it is K wide and not S."""
     q, k, v = (_low(a, operands) for a in (q, k, v))
-    scores = _scores(q, k, visible)
-    weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
-    total, weights = weights.sum(axis=-1, keepdims=True), _low(weights, operands)
-    mixed = _sum("bgjts,bgsk->bgjtk", weights, v) / total
-    return mixed, (q, k, v, weights, total, mixed)
+    kept, totals, parts = [], [], []
+    for q_n, seen in zip(_blocks(q, visible), visible, strict=True):
+        S = seen.shape[2]
+        scores = _scores(q_n, k[:, :, :S], seen)
+        weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+        totals.append(weights.sum(axis=-1, keepdims=True))
+        kept.append(_low(weights, operands))
+        parts.append(_sum("bgjts,bgsk->bgjtk", kept[-1], v[:, :, :S]))
+    total = jnp.concatenate(totals, axis=3)
+    mixed = jnp.concatenate(parts, axis=3) / total
+    return mixed, (q, k, v, kept, total, mixed)
 
 
 def _mix_backward(operands, kept, dy):
@@ -223,12 +231,43 @@ def _mix_backward(operands, kept, dy):
     """
     q, k, v, weights, total, mixed = kept
     dy = dy / total
-    shift, dy = (dy * mixed).sum(axis=-1, keepdims=True), _low(dy, operands)
-    dscores = _low(weights * (_sum("bgjtk,bgsk->bgjts", dy, v) - shift), operands)
-    dq = _sum("bgjts,bgsk->bgjtk", dscores, k)
-    dk_BGKS = _sum("bgjkt,bgjts->bgks", q.swapaxes(3, 4), dscores)
-    dv_BGKS = _sum("bgjkt,bgjts->bgks", dy.swapaxes(3, 4), weights)
-    return dq, dk_BGKS.swapaxes(2, 3), dv_BGKS.swapaxes(2, 3), None
+    shift, dy = _row_sum(dy * mixed), _low(dy, operands)
+    dq, dk_BGKS, dv_BGKS = [], [], []
+    for q_n, dy_n, shift_n, w in zip(*(_blocks(a, weights) for a in (q, dy, shift)), weights,
+                                     strict=True):
+        S = w.shape[-1]
+        dscores = _low(w * (_sum("bgjtk,bgsk->bgjts", dy_n, v[:, :, :S]) - shift_n), operands)
+        dq.append(_sum("bgjts,bgsk->bgjtk", dscores, k[:, :, :S]))
+        dk_BGKS.append(_sum("bgjkt,bgjts->bgks", q_n.swapaxes(3, 4), dscores))
+        dv_BGKS.append(_sum("bgjkt,bgjts->bgks", dy_n.swapaxes(3, 4), w))
+    dk, dv = (_by_key(parts, k.shape[2]).swapaxes(2, 3) for parts in (dk_BGKS, dv_BGKS))
+    return jnp.concatenate(dq, axis=3), dk, dv, None
 
 
 _mix.defvjp(_mix_forward, _mix_backward)
+
+
+def _blocks(a, like):
+    """Cut [B, G, J, T, ...] as the queries of the blocks `like` [..., queries, keys] are cut."""
+    return jnp.split(a, np.cumsum([block.shape[-2] for block in like])[:-1], axis=3)
+
+
+def _row_sum(a):
+    """Add up the last axis, kept, by halves: XLA's CPU takes ten times as long for its own sum.
+
+    It gives the product before and the sum to YNNPACK as one (by hand: experiments/LOG.md).
+    """
+    while a.shape[-1] > 1 and a.shape[-1] % 2 == 0:
+        half = a.shape[-1] // 2
+        a = a[..., :half] + a[..., half:]
+    return a.sum(axis=-1, keepdims=True)
+
+
+def _by_key(parts, S):
+    """Add up the blocks' [B, G, K, keys seen], S keys in all: no block is filled up with zeros."""
+    edges, sums = sorted({0, S, *(part.shape[-1] for part in parts)}), []
+    for first, end in itertools.pairwise(edges):
+        here = [part[..., first:end] for part in parts if part.shape[-1] >= end]
+        sums.append(functools.reduce(jnp.add, here) if here else
+                    jnp.zeros((*parts[0].shape[:3], end - first), parts[0].dtype))
+    return jnp.concatenate(sums, axis=3)
