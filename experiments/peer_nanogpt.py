@@ -94,6 +94,18 @@ def generated(shape, rows, seconds):
     return times * rows * (shape["T"] - 1) / spent
 
 
+def multiplied(m, k, n, bf16, seconds):
+    """Multiply [m, k] by [k, n] again and again; give GFLOP/s."""
+    a, b = (torch.randn(shape, dtype=torch.bfloat16 if bf16 else torch.float32)
+            for shape in ((m, k), (k, n)))
+    a @ b
+    began, times = time.perf_counter(), 0
+    while (spent := time.perf_counter() - began) < seconds:
+        a @ b
+        times += 1
+    return times * 2 * m * k * n / spent / 1e9
+
+
 HELD = {}
 for line in sys.stdin:
     what, *request = json.loads(line)
@@ -103,5 +115,5 @@ for line in sys.stdin:
             HELD[key] = Trainer(*asked)
         answer = HELD[key].rate(seconds)
     else:
-        answer = {"loss": trained, "generate": generated}[what](*request)
+        answer = {"loss": trained, "generate": generated, "product": multiplied}[what](*request)
     print(answer, file=ANSWERS, flush=True)

@@ -2,7 +2,8 @@
 
 question   Tokens a second of the whole machine, same shapes, batches and text, in turn; loss after
            equal tokens; decoding from one token to the end of the context. Ours trains in bf16
-           (and in f32, to see what that gives and costs) and decodes in f32.
+           (and in f32, to see what that gives and costs) and decodes in f32. `most` is what
+           a step of nothing but products, at the best rate of either side, would make.
 command    python experiments/peers.py --nanogpt CHECKOUT --out studies/peers
            (--python names one that has torch, where this one has not)
 cost       5 to 20 minutes a shape on two cores, most of it torch (--steps 16 at l and xl)
@@ -108,7 +109,9 @@ def measured(args: Args, name: str) -> dict[str, Any]:
     model = ModelConfig(V=data.V, D=config.D, L=config.L, H=config.H, T=config.T)
     paths = batches(args.out / name, data, model, rows, max(args.steps, 8))
     shape = {k: getattr(model, k) for k in ("V", "D", "L", "H", "T")}
-    found = {"rows": rows, "model": to_json(model), **compared(model),
+    best = products(args)
+    found = {"rows": rows, "model": to_json(model), **compared(model), "product_gflops": best,
+             "most": max(best.values()) * 1e9 / flops_per_token(model.shape),
              "training": training(args, model, shape, rows, paths)}
     if name in args.decode:
         found["decoding"] = decoding(args, model, shape)
@@ -150,6 +153,15 @@ def peers(args: Args, models: int) -> list[list[str]]:
     return [[*start, "1", str(core)] for core in cores[:models]]
 
 
+def products(args) -> dict[str, float]:
+    """Give the best rate of a product on all cores, XLA's or torch's, by type, GFLOP/s."""
+    ours = bench.peak(args.rounds)
+    with bench.Crew(peers(args, len(machine.cores()))) as theirs:
+        return {kind: max(ours[f"best_{kind}_gflops"],
+                          *(theirs.ask("product", *shape, kind == "bf16", 0.2)
+                            for shape in bench.PRODUCTS)) for kind in ("f32", "bf16")}
+
+
 def training(args, model, shape, rows, paths) -> dict[str, Any]:
     """Give tokens a second, with one model on the machine and one a core; ours (bf16) over each."""
     few, found = paths[0], {}
@@ -173,7 +185,7 @@ def decoding(args, model, shape) -> dict[str, Any]:
     with bench.Crew(peers(args, 1)) as theirs:
         for rows in (1, 64):
             rates = bench.interleaved({
-                "ours": bench.decoder(model, rows),
+                "ours": bench.decoder(model, rows, seconds=args.seconds),
                 "nanoGPT": functools.partial(theirs.ask, "generate", shape, rows, args.seconds),
             }, args.rounds)
             found[f"batch_{rows}"] = {
@@ -205,7 +217,8 @@ def in_type(model: ModelConfig, compute: str) -> ModelConfig:
 def told(name: str, found: dict[str, Any]) -> str:
     """Lay one shape out in lines."""
     lines = [f"{name}: parameters {found['parameters_ratio']:.3f}, FLOPs a token "
-             f"{found['flops_ratio']:.3f} of nanoGPT's"]
+             f"{found['flops_ratio']:.3f} of nanoGPT's; products alone would make "
+             f"{found['most']:,.0f} tokens/s"]
     for models, part in found["training"].items():
         ours = part["tokens_per_second"]["ours"]["median"]
         lines.append(f"  training, {models.replace('_', ' ')}: {ours:,.0f} tokens/s; " + ", ".join(

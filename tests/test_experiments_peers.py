@@ -12,6 +12,7 @@ from command import ROOT, experiment
 from test_stages_pretrain import story
 
 from tinylm import bench, files, machine
+from tinylm.laws.accounting import flops_per_token
 from tinylm.model.decoder import ModelConfig
 
 STAND_IN = """
@@ -44,7 +45,9 @@ def test_ratios_are_ours_over_theirs_on_the_same_batches(tmp_path, monkeypatch):
     theirs, ours = ([sys.executable, str(tmp_path / "peer.py"), rate] for rate in ("1000", "3000"))
     monkeypatch.setattr(peers, "peers", lambda args, models: [theirs] * models)
     monkeypatch.setattr(bench, "servers", lambda models: [ours] * models)
-    monkeypatch.setattr(bench, "decoder", lambda model, rows: lambda: 500.0 * rows)
+    monkeypatch.setattr(bench, "peak", lambda rounds: {"best_f32_gflops": 5e3,
+                                                       "best_bf16_gflops": 1.0})
+    monkeypatch.setattr(bench, "decoder", lambda model, rows, seconds: lambda: 500.0 * rows)
     monkeypatch.setitem(bench.SHAPES, "tiny", (ModelConfig(V=128, D=16, L=2, H=2, T=16), 4))
     args = peers.Args(nanogpt=tmp_path, out=tmp_path / "out", shapes=("tiny",), rounds=1, steps=10,
                       decode=("tiny",),
@@ -56,13 +59,16 @@ def test_ratios_are_ours_over_theirs_on_the_same_batches(tmp_path, monkeypatch):
     assert one["ratio"] == {"ours f32": 2.0, **dict.fromkeys(peers.WAYS, 3.0)}
     assert two["ratio"] == {"ours f32": 2.0, **dict.fromkeys({**peers.WAYS, **peers.TUNED}, 3.0)}
     assert two["tokens_per_second"]["torch tuned, 4 at once"]["median"] == 2000
+    assert found["product_gflops"] == {"f32": 5e3, "bf16": 2e3}  # the best of both sides, by type
+    config = ModelConfig(V=found["model"]["V"], D=16, L=2, H=2, T=16)
+    assert found["most"] == pytest.approx(5e12 / flops_per_token(config.shape))
     assert [found["decoding"][f"batch_{rows}"]["ratio"] for rows in (1, 64)] == [0.5, 32.0]
     assert found["loss"]["nanoGPT"] == 2.0 + min(peers.RATES)
     assert found["loss"]["tokens"] == 10 * 4 * 16 and 2 < found["loss"]["ours"] < 6
     assert peers.told("tiny", found).count("3.00 x") == 10
     asked = [json.loads(line) for line in (tmp_path / "asked.jsonl").read_text().splitlines()]
     asked = [a for a in asked if isinstance(a[0], str)]  # of the peer: ours are asked for a model
-    assert {what for what, *_ in asked} == {"rate", "generate", "loss"}
+    assert {what for what, *_ in asked} == {"product", "rate", "generate", "loss"}
     every = np.load(next(a[3] for a in asked if a[0] == "loss"))
     few = np.load(next(a[3] for a in asked if a[0] == "rate"))
     assert every.shape == (10, 4, 17) and (few == every[:8]).all()

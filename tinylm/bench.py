@@ -242,12 +242,11 @@ class Trainer:
 
     def rate(self, seconds: float) -> float:
         """Train for about that long; give tokens a second."""
-        began, steps = time.perf_counter(), 0
-        while (spent := time.perf_counter() - began) < seconds or not steps:
+        def every() -> None:
             self.state, _ = self.chunk(self.state, self.batches, len(self.batches.tokens))
             jax.block_until_ready(self.state)
-            steps += len(self.batches.tokens)
-        return steps * self.tokens / spent
+
+        return len(self.batches.tokens) * self.tokens * _times(every, seconds)
 
 
 def serve() -> None:
@@ -333,51 +332,56 @@ def _on_each(program: Callable, devices: int) -> Callable:
 
 
 def _gflops(program: Callable, arguments: tuple, cost: float, seconds: float = 0.1) -> float:
-    jax.block_until_ready(program(*arguments))
-    began, times, ahead = time.perf_counter(), 0, 1 if jax.default_backend() == "cpu" else 16
-    while (spent := time.perf_counter() - began) < seconds:
+    ahead = 1 if jax.default_backend() == "cpu" else 16
+
+    def several() -> None:
         for _ in range(ahead):  # an accelerator must not wait for the next call
             done = program(*arguments)
         jax.block_until_ready(done)
-        times += ahead
-    return times * cost / spent / 1e9
+
+    jax.block_until_ready(program(*arguments))
+    return ahead * cost * _times(several, seconds) / 1e9
 
 
-def decoder(config: ModelConfig, B: int, devices: int = 0) -> Callable[[], float]:
+def _times(work: Callable[[], None], seconds: float) -> float:
+    """Do it again and again for about that long, once at least; give how often a second."""
+    began, times = time.perf_counter(), 0
+    while (spent := time.perf_counter() - began) < seconds or not times:
+        work()
+        times += 1
+    return times / spent
+
+
+def decoder(config: ModelConfig, B: int, devices: int = 0,
+            seconds: float = 0.5) -> Callable[[], float]:
     """Give a task: decode T - 1 tokens from one, B sequences at once; tokens a second.
 
-    They are spread over `devices`; 0: over as many as divide B, as rollouts are.
+    They are spread over `devices`; 0: over as many as divide B, as rollouts are. It is done again
+    and again for about `seconds`.
     """
     mesh = machine.mesh(devices or math.gcd(jax.device_count(), B))
     params = step.replicate(mesh, init(config, jax.random.key(0)))
     ready = prefill(config, params, [np.array([config.V - 1])] * B, place=step.by_row(mesh))
 
-    def once() -> float:
-        began = time.perf_counter()
+    def once() -> None:
         _, out = decode(config, params, ready, config.T - 1, jax.random.key(1), jnp.float32(1.0),
                         ends=0)
         out.block_until_ready()
-        return B * (config.T - 1) / (time.perf_counter() - began)
 
-    return once
+    return lambda: B * (config.T - 1) * _times(once, seconds)
 
 
-def uncached(config: ModelConfig, B: int) -> Callable[[], float]:
+def uncached(config: ModelConfig, B: int, seconds: float = 0.5) -> Callable[[], float]:
     """Give a task: B sequences' next tokens by a forward pass over T positions; tokens a second.
 
-    They are spread as `decoder` spreads them.
+    They are spread, and it is done again, as by `decoder`.
     """
     mesh = machine.mesh(math.gcd(jax.device_count(), B))
     params = step.replicate(mesh, init(config, jax.random.key(0)))
     tokens = step.by_row(mesh)(np.zeros((B, config.T), np.int32))
     after = jax.jit(lambda params, tokens: rebuild(config, params)(tokens)[:, -1].argmax(-1))
 
-    def once() -> float:
-        began = time.perf_counter()
-        after(params, tokens).block_until_ready()
-        return B / (time.perf_counter() - began)
-
-    return once
+    return lambda: B * _times(lambda: after(params, tokens).block_until_ready(), seconds)
 
 
 def shape(name: str, compute: str = "f32") -> tuple[ModelConfig, int]:
