@@ -18,6 +18,7 @@ result     jax 0.12: 2.18, 1.43, 1.15, 1.05 at s, m, l, xl; torch tuned 1.32, 1.
 import dataclasses
 import functools
 import io
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +89,8 @@ def main(args: Args) -> int:
     """Measure every shape and write one record."""
     if not (args.nanogpt / "model.py").exists():
         raise BadInput(f"{args.nanogpt} holds no model.py; give a checkout of nanoGPT")
+    if not imports_torch(args.python):
+        raise BadInput(f"{args.python} cannot import torch; give --python one that can")
     record: dict[str, Any] = {"schema": 1, "versions": machine.versions(), "shapes": {}}
     python = "".join(map(str, sys.version_info[:2]))
     place = args.results and args.results / f"peers_py{python}.json"
@@ -100,6 +103,14 @@ def main(args: Args) -> int:
         if place:
             files.write_json(place, {**record, "environment": machine.environment()})
     return 0
+
+
+def imports_torch(python: Path) -> bool:
+    """Tell whether that is a Python which has torch."""
+    try:
+        return subprocess.run([python, "-c", "import torch"], capture_output=True).returncode == 0
+    except OSError:  # no such program, or none that may be run
+        return False
 
 
 def measured(args: Args, name: str) -> dict[str, Any]:

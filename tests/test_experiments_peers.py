@@ -32,6 +32,15 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_python_without_torch_is_refused(tmp_path):
+    (tmp_path / "model.py").write_text("")
+    for python in (tmp_path / "none", tmp_path / "model.py", "/bin/false"):
+        done = experiment("peers", "--nanogpt", tmp_path, "--out", tmp_path / "out",
+                          "--python", python)
+        assert done.returncode == 2 and f"{python} cannot import torch" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_ratios_are_ours_over_theirs_on_the_same_batches(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "experiments"))
@@ -43,6 +52,7 @@ def test_ratios_are_ours_over_theirs_on_the_same_batches(tmp_path, monkeypatch):
     monkeypatch.setenv("ASKED", str(tmp_path / "asked.jsonl"))
     monkeypatch.setattr(machine, "cores", lambda: [0, 1])
     theirs, ours = ([sys.executable, str(tmp_path / "peer.py"), rate] for rate in ("1000", "3000"))
+    monkeypatch.setattr(peers, "imports_torch", lambda python: True)
     monkeypatch.setattr(peers, "peers", lambda args, models: [theirs] * models)
     monkeypatch.setattr(bench, "servers", lambda models: [ours] * models)
     monkeypatch.setattr(bench, "peak", lambda rounds: {"best_f32_gflops": 5e3,
