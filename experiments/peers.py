@@ -87,10 +87,7 @@ class Args:
 
 def main(args: Args) -> int:
     """Measure every shape and write one record."""
-    if not (args.nanogpt / "model.py").exists():
-        raise BadInput(f"{args.nanogpt} holds no model.py; give a checkout of nanoGPT")
-    if not imports_torch(args.python):
-        raise BadInput(f"{args.python} cannot import torch; give --python one that can")
+    check_peer(args.nanogpt, args.python)
     record: dict[str, Any] = {"schema": 1, "versions": machine.versions(), "shapes": {}}
     python = "".join(map(str, sys.version_info[:2]))
     place = args.results and args.results / f"peers_py{python}.json"
@@ -103,6 +100,14 @@ def main(args: Args) -> int:
         if place:
             files.write_json(place, {**record, "environment": machine.environment()})
     return 0
+
+
+def check_peer(nanogpt: Path, python: Path) -> None:
+    """Refuse a folder that is no checkout of nanoGPT, or a Python that cannot run it."""
+    if not (nanogpt / "model.py").exists():
+        raise BadInput(f"{nanogpt} holds no model.py; give a checkout of nanoGPT")
+    if not imports_torch(python):
+        raise BadInput(f"{python} cannot import torch; give --python one that can")
 
 
 def imports_torch(python: Path) -> bool:

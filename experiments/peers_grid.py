@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import tyro
-from peers import PEER, WAYS, batches
+from peers import PEER, WAYS, batches, check_peer
 
 from tinylm import bench, files, machine
 from tinylm.__main__ import arguments, guarded
@@ -55,8 +55,7 @@ class Args:
 
 def main(args: Args) -> int:
     """Measure, scale and print."""
-    if not (args.nanogpt / "model.py").exists():
-        raise BadInput(f"{args.nanogpt} holds no model.py; give a checkout of nanoGPT")
+    check_peer(args.nanogpt, args.python)
     records = run.table(p.parent for p in sorted((args.study / "sweep").glob("*/record.json")))
     went = spent(args.study / "sweep")
     if not records or not went["wall"]:

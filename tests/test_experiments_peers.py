@@ -35,9 +35,10 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
 def test_a_python_without_torch_is_refused(tmp_path):
     (tmp_path / "model.py").write_text("")
     for python in (tmp_path / "none", tmp_path / "model.py", "/bin/false"):
-        done = experiment("peers", "--nanogpt", tmp_path, "--out", tmp_path / "out",
-                          "--python", python)
-        assert done.returncode == 2 and f"{python} cannot import torch" in done.stderr
+        for name, more in (("peers", "--out"), ("peers_grid", "--study")):
+            done = experiment(name, "--nanogpt", tmp_path, more, tmp_path / "out",
+                              "--python", python)
+            assert done.returncode == 2 and f"{python} cannot import torch" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
