@@ -27,7 +27,7 @@ from peers import PEER, WAYS, batches, check_peer
 
 from tinylm import bench, files, machine
 from tinylm.__main__ import arguments, guarded
-from tinylm.config import BadInput, from_json, to_json
+from tinylm.config import BadInput, from_json, require, to_json
 from tinylm.look import progress
 from tinylm.model.decoder import ModelConfig
 from tinylm.sweep.times import spent
@@ -55,6 +55,7 @@ class Args:
 
 def main(args: Args) -> int:
     """Measure, scale and print."""
+    require("every", args.every, 1, 1e6)
     check_peer(args.nanogpt, args.python)
     records = run.table(p.parent for p in sorted((args.study / "sweep").glob("*/record.json")))
     went = spent(args.study / "sweep")

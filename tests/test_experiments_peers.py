@@ -39,6 +39,8 @@ def test_a_python_without_torch_is_refused(tmp_path):
             done = experiment(name, "--nanogpt", tmp_path, more, tmp_path / "out",
                               "--python", python)
             assert done.returncode == 2 and f"{python} cannot import torch" in done.stderr
+    done = experiment("peers_grid", "--nanogpt", tmp_path, "--study", tmp_path, "--every", 0)
+    assert done.returncode == 2 and "every=0 is not within 1" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
