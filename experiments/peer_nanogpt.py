@@ -87,11 +87,8 @@ def generated(shape, rows, seconds):
     """Draw T - 1 tokens after one, `rows` at once; give tokens a second."""
     model = GPT(GPTConfig(block_size=shape["T"], vocab_size=shape["V"], bias=False,
                           n_layer=shape["L"], n_head=shape["H"], n_embd=shape["D"])).eval()
-    began, times = time.perf_counter(), 0
-    while (spent := time.perf_counter() - began) < seconds or not times:
-        model.generate(torch.zeros((rows, 1), dtype=torch.long), shape["T"] - 1)
-        times += 1
-    return times * rows * (shape["T"] - 1) / spent
+    start, count = torch.zeros((rows, 1), dtype=torch.long), shape["T"] - 1
+    return rows * count * times(lambda: model.generate(start, count), seconds)
 
 
 def multiplied(m, k, n, bf16, seconds):
@@ -99,11 +96,16 @@ def multiplied(m, k, n, bf16, seconds):
     a, b = (torch.randn(shape, dtype=torch.bfloat16 if bf16 else torch.float32)
             for shape in ((m, k), (k, n)))
     a @ b
-    began, times = time.perf_counter(), 0
-    while (spent := time.perf_counter() - began) < seconds:
-        a @ b
-        times += 1
-    return times * 2 * m * k * n / spent / 1e9
+    return 2 * m * k * n * times(lambda: a @ b, seconds) / 1e9
+
+
+def times(work, seconds):
+    """Do it again and again for about that long, once at least; give how often a second."""
+    began, count = time.perf_counter(), 0
+    while (spent := time.perf_counter() - began) < seconds or not count:
+        work()
+        count += 1
+    return count / spent
 
 
 HELD = {}
