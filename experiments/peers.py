@@ -2,7 +2,8 @@
 
 question   Tokens a second of the whole machine, same shapes, batches and text, in turn; loss after
            equal tokens; decoding from one token to the end of the context. Ours trains in bf16
-           (and in f32, to see what that gives and costs) and decodes in f32. `most` is what
+           (`ratio`) and in f32 (`ratio_f32`: a processor has one that is faster) and decodes in
+           f32. `most` is what
            a step of nothing but products, at the best rate of either side, would make.
 command    python experiments/peers.py --nanogpt CHECKOUT --out studies/peers
            (--python names one that has torch, where this one has not)
@@ -180,7 +181,10 @@ def products(args) -> dict[str, float]:
 
 
 def training(args, model, shape, rows, paths) -> dict[str, Any]:
-    """Give tokens a second, with one model on the machine and one a core; ours (bf16) over each."""
+    """Give tokens a second, one model on the machine and one a core; ours in either type over each.
+
+    `ratio` is of ours in bf16, `ratio_f32` of ours in f32.
+    """
     few, found = paths[0], {}
     for models in (1, len(machine.cores())):
         ways = {**WAYS, **TUNED} if models > 1 else WAYS
@@ -192,7 +196,8 @@ def training(args, model, shape, rows, paths) -> dict[str, Any]:
             rates = bench.interleaved(tasks, args.rounds)
         found[f"models_{models}"] = {
             "tokens_per_second": {k: r._asdict() for k, r in rates.items()},
-            "ratio": {k: rates["ours"].median / r.median for k, r in rates.items() if k != "ours"}}
+            **{key: {k: rates[ours].median / r.median for k, r in rates.items() if k != ours}
+               for key, ours in (("ratio", "ours"), ("ratio_f32", "ours f32"))}}
     return found
 
 
@@ -237,9 +242,11 @@ def told(name: str, found: dict[str, Any]) -> str:
              f"{found['flops_ratio']:.3f} of nanoGPT's; products alone would make "
              f"{found['most']:,.0f} tokens/s"]
     for models, part in found["training"].items():
-        ours = part["tokens_per_second"]["ours"]["median"]
-        lines.append(f"  training, {models.replace('_', ' ')}: {ours:,.0f} tokens/s; " + ", ".join(
-            f"{ratio:.2f} x {way}" for way, ratio in part["ratio"].items()))
+        for (way, compute), key in zip(OURS.items(), ("ratio", "ratio_f32"), strict=True):
+            ours = part["tokens_per_second"][way]["median"]
+            lines.append(f"  training in {compute}, {models.replace('_', ' ')}: {ours:,.0f} "
+                         "tokens/s; " + ", ".join(f"{ratio:.2f} x {other}" for other, ratio
+                                                  in part[key].items()))
     lines += [f"  decoding, {rows.replace('_', ' ')}: "
               f"{part['tokens_per_second']['ours']['median']:,.0f} tokens/s, {part['ratio']:.1f} x "
               "nanoGPT" for rows, part in found.get("decoding", {}).items()]

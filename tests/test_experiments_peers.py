@@ -70,6 +70,7 @@ def test_ratios_are_ours_over_theirs_on_the_same_batches(tmp_path, monkeypatch):
     found = files.read_json(place)["shapes"]["tiny"]
     one, two = found["training"]["models_1"], found["training"]["models_2"]
     assert one["ratio"] == {"ours f32": 2.0, **dict.fromkeys(peers.WAYS, 3.0)}
+    assert one["ratio_f32"] == {"ours": 0.5, **dict.fromkeys(peers.WAYS, 1.5)}
     assert two["ratio"] == {"ours f32": 2.0, **dict.fromkeys({**peers.WAYS, **peers.TUNED}, 3.0)}
     assert two["tokens_per_second"]["torch tuned, 4 at once"]["median"] == 2000
     assert found["product_gflops"] == {"f32": 5e3, "bf16": 2e3}  # the best of both sides, by type

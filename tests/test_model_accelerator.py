@@ -82,7 +82,7 @@ def test_no_two_layers_make_an_equal_call_of_the_librarys_attention(monkeypatch)
     scored = heads.with_head(config, params, jax.random.key(1))  # PPO's loss reads two models
 
     def both(plan, p, v):
-        return rebuild(config, p)(tokens, plan=plan), heads.scores(config, v, tokens, plan=plan)
+        return rebuild(config, p, plan)(tokens), heads.scores(config, v, tokens, plan=plan)
 
     for changed in ({}, {"remat": True}, {"unroll": False}):
         scales.clear()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tinylm.model import attention
+from tinylm.model.product import Arithmetic
 
 
 def defined(q, k, v, visible):
@@ -102,7 +103,7 @@ def test_what_no_query_of_a_block_sees_is_not_computed():
 
 
 def test_a_smeared_key_holds_its_share_of_the_one_before_it_where_that_is_its_sequence():
-    made = attention.Attention(8, 2, 1, 4, True, (), jnp.dtype("float32"), jnp.ones)
+    made = attention.Attention(8, 2, 1, 4, True, (), Arithmetic(), jnp.ones)
     share = np.array([[0.5, 0.0, -1.0, 2.0]], np.float32)
     made.k_smear[...] = jnp.asarray(share)
     k = np.random.default_rng(0).standard_normal((2, 1, 5, 4)).astype(np.float32)

@@ -58,7 +58,7 @@ def test_the_parameters_are_as_many_as_accounting_counts(smear, tied):
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def forward(config, params, x, plan=machine.PLAIN, segments=None):
     """The model, compiled."""
-    return rebuild(config, params)(x, segments=segments, plan=plan)
+    return rebuild(config, params, plan)(x, segments=segments)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -174,7 +174,7 @@ def test_the_librarys_attention_and_recomputed_layers_are_the_same_function(
     def slopes(**changed):
         plan = machine.Plan(**changed)
         return jax.jit(jax.grad(lambda p: jnp.mean(jnp.sin(
-            rebuild(config, p)(x, segments=segments, plan=plan)))))(params)
+            rebuild(config, p, plan)(x, segments=segments)))))(params)
 
     plain = slopes()
     for changed in ({"fused": True}, {"remat": True, "unroll": False}):
@@ -189,8 +189,8 @@ def test_mixed_states_and_their_ending_are_the_model():
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 30, (2, 9)))
 
     def ended(params, unroll):
-        model = rebuild(config, params)
-        x = model.states(tokens, plan=machine.Plan(unroll=unroll, remat=True), mixed=True)
+        model = rebuild(config, params, machine.Plan(unroll=unroll, remat=True))
+        x = model.states(tokens, mixed=True)
         return model.ending()(x.reshape(1, 18, 8)).reshape(2, 9, 30)  # positions do not meet there
 
     want = jax.jit(lambda p: rebuild(config, p)(tokens))(params)
@@ -205,7 +205,7 @@ def test_recomputed_layers_keep_less_for_the_way_back():
     x = jax.ShapeDtypeStruct((4, config.T), jnp.int32)
 
     def temporary(plan):
-        loss = lambda p, x: jnp.sum(rebuild(config, p)(x, plan=plan) ** 2)  # noqa: E731
+        loss = lambda p, x: jnp.sum(rebuild(config, p, plan)(x) ** 2)  # noqa: E731
         program = jax.jit(jax.grad(loss)).lower(params, x).compile()
         return program.memory_analysis().temp_size_in_bytes
 

@@ -1,4 +1,4 @@
-"""The bfloat16 product: rounded operands, float32 sums, and the fast program on a CPU."""
+"""Products: rounded operands, float32 sums, the fast program on a CPU, and oneDNN's."""
 
 import re
 
@@ -7,24 +7,27 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tinylm.model.product import product
+from tinylm import machine, onednn
+from tinylm.model.product import Arithmetic, product
 
 SHAPES = {"btd,dnk->btnk": ((3, 5, 8), (8, 2, 4), (3, 5, 2, 4)),
           "bthk,hkd->btd": ((3, 5, 2, 4), (2, 4, 8), (3, 5, 8)),
           "btd,df->btf": ((3, 5, 8), (8, 6), (3, 5, 6)),
           "btd,vd->btv": ((3, 5, 8), (7, 8), (3, 5, 7))}
-HALF = jnp.dtype("bfloat16")
+HALF = Arithmetic(jnp.dtype("bfloat16"))
+CALLED = pytest.param(Arithmetic(onednn=True), marks=pytest.mark.skipif(
+    not onednn.version(machine.cache()), reason="needs oneDNN and a C compiler"))
 
 
-@pytest.mark.parametrize("dtype", [HALF, jnp.dtype("float32")])
+@pytest.mark.parametrize("by", [HALF, Arithmetic(), CALLED])
 @pytest.mark.parametrize("spec", SHAPES)
-def test_values_and_gradients_are_sums_of_operands_of_that_type(spec, dtype):
+def test_values_and_gradients_are_sums_of_operands_of_that_type(spec, by):
     def low(a):
-        return np.asarray(a.astype(dtype), np.float64)
+        return np.asarray(a.astype(by.dtype), np.float64)
 
     rng = np.random.default_rng(0)
     x, w, dy = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in SHAPES[spec])
-    y, back = jax.vjp(lambda x, w: product(spec, x, w, dtype), x, w)
+    y, back = jax.vjp(lambda x, w: product(spec, x, w, by), x, w)
     dx, dw = back(dy)
     x_axes, w_axes, y_axes = spec.replace("->", ",").split(",")
     expected = (np.einsum(spec, low(x), low(w)),
@@ -37,7 +40,7 @@ def test_values_and_gradients_are_sums_of_operands_of_that_type(spec, dtype):
 
 def test_float32_operands_are_not_rounded():
     x, w = jnp.full((1, 1, 2), 1 + 2**-12), jnp.full((2, 3), 1 - 2**-12)
-    assert product("btd,df->btf", x, w, jnp.dtype("float32"))[0, 0, 0] == 2 * (1 - 2**-24)
+    assert product("btd,df->btf", x, w, Arithmetic())[0, 0, 0] == 2 * (1 - 2**-24)
     assert product("btd,df->btf", x, w, HALF)[0, 0, 0] == 2
 
 

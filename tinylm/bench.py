@@ -27,6 +27,7 @@ from tinylm.config import BadInput, canonical, from_json, require, to_json
 from tinylm.laws.accounting import flops_per_token
 from tinylm.model.decoder import ModelConfig, init, rebuild
 from tinylm.model.generate import decode, prefill
+from tinylm.model.product import Arithmetic, product
 from tinylm.stages.pretrain import PretrainConfig
 from tinylm.sweep import cells, packing, runner
 from tinylm.sweep.presets import PRESETS
@@ -76,13 +77,16 @@ def peak(rounds: int = 5) -> dict[str, Any]:
     Every device has a product of its own, all at once: a device alone may use the others' cores.
     """
     tasks, cpu, devices = {}, jax.default_backend() == "cpu", jax.device_count()
+    kinds = {"float32": _product, "bfloat16": _product}
+    if machine.environment()["onednn"]:
+        kinds["float32 by oneDNN"] = _by_onednn
     everywhere, draw = step.by_row(machine.mesh(devices)), np.random.default_rng(0)
     for m, k, n in PRODUCTS if cpu else LARGE:
-        for dtype in ("float32", "bfloat16"):  # random: equal numbers cost a GPU less power
-            arrays = tuple(everywhere(draw.standard_normal((devices, *s), np.float32).astype(dtype))
-                           for s in ((m, k), (k, n)))
-            tasks[f"{m}x{k}x{n} {dtype}"] = functools.partial(
-                _gflops, _on_each(_product, devices), arrays, 2.0 * m * k * n * devices)
+        for kind, program in kinds.items():  # random: equal numbers cost a GPU less power
+            arrays = tuple(everywhere(draw.standard_normal((devices, *s), np.float32).astype(
+                kind.split()[0])) for s in ((m, k), (k, n)))
+            tasks[f"{m}x{k}x{n} {kind}"] = functools.partial(
+                _gflops, _on_each(program, devices), arrays, 2.0 * m * k * n * devices)
     big = everywhere(np.ones((devices, (2**26 if cpu else 2**29) // devices), np.float32))
     tasks["copy GB/s"] = functools.partial(_gflops, _on_each(lambda x: x + 1, devices), (big,),
                                            2.0 * big.nbytes)
@@ -324,11 +328,16 @@ def _product(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum("nij,njk->nik", a, b, preferred_element_type=jnp.float32)
 
 
+def _by_onednn(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Multiply the one matrix of a device with its other."""
+    return product("btd,df->btf", a, b[0], Arithmetic(onednn=True))
+
+
 def _on_each(program: Callable, devices: int) -> Callable:
     """Compile a program that every device runs on its rows."""
     rows = jax.sharding.PartitionSpec("data")
     return jax.jit(jax.shard_map(program, mesh=machine.mesh(devices), in_specs=rows,
-                                 out_specs=rows))
+                                 out_specs=rows, check_vma=False))
 
 
 def _gflops(program: Callable, arguments: tuple, cost: float, seconds: float = 0.1) -> float:

@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tinylm import onednn
 from tinylm.config import BadInput, require
 
 MEMORY = 8e9
@@ -46,11 +47,14 @@ class Plan:
     """attention by the library, operands in the model's type, instead of ours in blocks"""
     remat: bool = False
     """a layer's insides are computed again on the way back: less memory, a third more work"""
+    onednn: bool = False
+    """float32 products of activations with parameters by oneDNN instead of XLA (CPU)"""
     kept: tuple[int, ...] = ()
     """steps whose checkpoints stay, to look at afterwards"""
 
 
-BITS = ("backend", "device", "instructions", "xla_flags", "matmul_precision", "threads")
+BITS = ("backend", "device", "instructions", "xla_flags", "matmul_precision", "threads",
+        "onednn")
 """the facts of an environment that bits depend on; not the number of cores, which `pin` sees to"""
 
 PLAIN = Plan()
@@ -193,7 +197,8 @@ def plan_for(rows: int, T: int, D: int, backend: str, count: int, devices: int =
     0.12 also wants two sequences at once from D=40 on (T=256, bfloat16: 1.15 to 1.16 times the
     rate of one at D=64 to 384; on 0.12 .98 at D=128, 1.02 at 256, 1.08 at 384). An accelerator
     gets longer chunks, members side by side and the library's attention; its layers are written
-    out too (scanned, an H200 trains at 67% of the rate: D=768, L=12).
+    out too (scanned, an H200 trains at 67% of the rate: D=768, L=12). On a CPU float32 products
+    are oneDNN's where it is at hand (by hand, experiments/LOG.md: 1.1 to 1.2 times the rate).
     """
     require("rows", rows, 1, 1e9)
     require("devices", devices, 0, count)
@@ -209,7 +214,8 @@ def plan_for(rows: int, T: int, D: int, backend: str, count: int, devices: int =
     micro = max(m for m in range(1, most + 1) if rows // devices % m == 0)
     every = 2048 if cpu and D < 40 else 512  # either is about ten seconds of a core
     return Plan(devices=devices, micro=micro, chunk=16 if cpu else 64, checkpoint_every=every,
-                vmap=not cpu, fused=not cpu)
+                vmap=not cpu, fused=not cpu,
+                onednn=cpu and bool(onednn.version(cache())))
 
 
 def mesh(devices: int) -> Any:
@@ -240,7 +246,8 @@ def environment() -> dict[str, Any]:
             "backend": jax.default_backend(), "device": device.device_kind,
             "devices": jax.device_count(), "xla_flags": os.environ.get("XLA_FLAGS", ""),
             "matmul_precision": str(jax.config.jax_default_matmul_precision or ""),
-            "threads": "one" if os.environ.get("NPROC") == "1" else "several"}
+            "threads": "one" if os.environ.get("NPROC") == "1" else "several",
+            "onednn": onednn.version(cache()) if jax.default_backend() == "cpu" else ""}
 
 
 def _instructions() -> str:

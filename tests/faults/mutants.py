@@ -79,15 +79,15 @@ STORAGE = (  # file, its line or part of one, what that becomes
     ("train/run.py", "_same(place, begun, mine, (\"kind\",))\n", "pass\n"),
     ("train/run.py", "              (\"kind\", \"config\", \"versions\", \"code_id\"))",
      "              (\"kind\", \"config\"))"),
-    ("train/run.py", "tuple(k for k in machine.BITS if k in kept))", "())"),
+    ("train/run.py", "for k in machine.BITS if k in kept", "for k in () if k in kept"),
     ("train/run.py", "        elif bad := files.changed(folder, finished.get(\"files\", {})):",
      "        elif bad := []:"),
     ("train/run.py", "    if (folder / \"checkpoints\").exists():", "    if False:"),
 )
 ALIGNMENT = (
     # the mask is dropped; targets are shifted; what pads ends a turn
-    ("train/losses.py", "model, w = rebuild(config, params), batch.weights\n",
-     "model, w = rebuild(config, params), jnp.ones_like(batch.weights)\n"),
+    ("train/losses.py", "model, w = rebuild(config, params, plan), batch.weights\n",
+     "model, w = rebuild(config, params, plan), jnp.ones_like(batch.weights)\n"),
     ("train/losses.py", "tokens, targets = batch.tokens[:, :-1], batch.tokens[:, 1:]",
      "tokens, targets = batch.tokens[:, :-1], batch.tokens[:, :-1]"),
     ("train/losses.py", "in_two(model, tokens, batch.segments[:, :-1], plan)",

@@ -16,13 +16,12 @@ from flax import nnx
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 from tinylm.model.embedding import Draw, RMSNorm, Rotation, param, rotate
-from tinylm.model.product import product
+from tinylm.model.product import FULL, Arithmetic, product
 
 BLOCK, BLOCKS = 64, 4
 """queries are cut into blocks of BLOCK or more, BLOCKS at most"""
 ROWS = 8
 """the most sequences whose attention is written out one by one, for bfloat16's fast products"""
-FULL = jnp.dtype("float32")
 
 
 class KeyValue(NamedTuple):
@@ -43,8 +42,8 @@ class Attention(nnx.Module):
     """Project, normalise, rotate, attend, project back. `stack` adds leading layer axes."""
 
     def __init__(self, D: int, H: int, G: int, K: int, smear: bool, stack: tuple[int, ...],
-                 dtype: jnp.dtype, draw: Draw):
-        self.dtype = dtype
+                 by: Arithmetic, draw: Draw):
+        self.by = by
         self.q_proj = param(draw, (*stack, D, H, K), D**-0.5)
         self.k_proj = param(draw, (*stack, D, G, K), D**-0.5)
         self.v_proj = param(draw, (*stack, D, G, K), D**-0.5)
@@ -74,16 +73,16 @@ class Attention(nnx.Module):
         if cache is not None:
             k = jax.lax.dynamic_update_slice_in_dim(cache.k, k, start, 2)
             v = jax.lax.dynamic_update_slice_in_dim(cache.v, v, start, 2)
-        mixed = (attend(q, k, v, visible, self.dtype) if fused is None else
-                 by_library(q, k, v, visible, self.dtype, fused))
-        out = product("bthk,hkd->btd", mixed, self.o_proj[...], self.dtype)
+        mixed = (attend(q, k, v, visible, self.by.dtype) if fused is None else
+                 by_library(q, k, v, visible, self.by.dtype, fused))
+        out = product("bthk,hkd->btd", mixed, self.o_proj[...], self.by)
         return out, KeyValue(k, v, last)
 
     def project(
         self, x: Float[Array, "B T D"], turn: Rotation
     ) -> tuple[Float[Array, "B T H K"], Float[Array, "B G T K"], Float[Array, "B G T K"]]:
         """Give x's queries and keys, normalised and rotated, and its values."""
-        q, k, v_BTGK = (product("btd,dnk->btnk", x, w[...], self.dtype)
+        q, k, v_BTGK = (product("btd,dnk->btnk", x, w[...], self.by)
                         for w in (self.q_proj, self.k_proj, self.v_proj))
         k_BTGK = rotate(self.k_norm(k), turn)
         return (rotate(self.q_norm(q), turn), k_BTGK.transpose(0, 2, 1, 3),

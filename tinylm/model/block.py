@@ -9,34 +9,34 @@ from jaxtyping import Array, ArrayLike, Bool, Float
 
 from tinylm.model.attention import Attention, KeyValue
 from tinylm.model.embedding import Draw, RMSNorm, Rotation, param
-from tinylm.model.product import product
+from tinylm.model.product import Arithmetic, product
 
 
 class MLP(nnx.Module):
     """down(silu(gate x) * up x), the gated unit of 2002.05202."""
 
-    def __init__(self, D: int, F: int, stack: tuple[int, ...], dtype: jnp.dtype, draw: Draw):
-        self.dtype = dtype
+    def __init__(self, D: int, F: int, stack: tuple[int, ...], by: Arithmetic, draw: Draw):
+        self.by = by
         self.gate_proj = param(draw, (*stack, D, F), D**-0.5)
         self.up_proj = param(draw, (*stack, D, F), D**-0.5)
         self.down_proj = nnx.Param(jnp.zeros((*stack, F, D), jnp.float32))
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Apply the unit to every position."""
-        gate, up = (product("btd,df->btf", x, w[...], self.dtype)
+        gate, up = (product("btd,df->btf", x, w[...], self.by)
                     for w in (self.gate_proj, self.up_proj))
-        return product("btf,fd->btd", jax.nn.silu(gate) * up, self.down_proj[...], self.dtype)
+        return product("btf,fd->btd", jax.nn.silu(gate) * up, self.down_proj[...], self.by)
 
 
 class Block(nnx.Module):
     """Attention and MLP with their norms; parameters of all layers are stacked by `stack`."""
 
     def __init__(self, D: int, H: int, G: int, K: int, F: int, smear: bool,
-                 stack: tuple[int, ...], dtype: jnp.dtype, draw: Draw):
+                 stack: tuple[int, ...], by: Arithmetic, draw: Draw):
         self.input_layernorm = RMSNorm((*stack, D))
-        self.self_attn = Attention(D, H, G, K, smear, stack, dtype, draw)
+        self.self_attn = Attention(D, H, G, K, smear, stack, by, draw)
         self.post_attention_layernorm = RMSNorm((*stack, D))
-        self.mlp = MLP(D, F, stack, dtype, draw)
+        self.mlp = MLP(D, F, stack, by, draw)
 
     def __call__(
         self,

@@ -24,6 +24,7 @@ from tinylm.model.attention import KeyValue
 from tinylm.model.block import Block
 from tinylm.model.embedding import Cut, Draw, Embedding, RMSNorm, rotation
 from tinylm.model.position_weights import PositionWeights
+from tinylm.model.product import Arithmetic
 
 Params = dict[str, Any]
 
@@ -110,35 +111,33 @@ class ModelConfig:
 
 
 class Decoder(nnx.Module):
-    """Embedding, L blocks, a norm and a head."""
+    """Embedding, L blocks, a norm and a head, executed as a plan says."""
 
-    def __init__(self, c: ModelConfig, draw: Draw):
-        self.config = c
-        self.embed_tokens = Embedding(c.V, c.D, c.dtype, draw)
+    def __init__(self, c: ModelConfig, draw: Draw, plan: Plan = PLAIN):
+        self.config, self.plan, by = c, plan, Arithmetic(c.dtype, plan.onednn)
+        self.embed_tokens = Embedding(c.V, c.D, by, draw)
         self.layers = Block(c.D, c.H, c.groups, c.head_width, c.mlp_width, c.smear, (c.L,),
-                            c.dtype, draw)
+                            by, draw)
         self.norm = RMSNorm((c.D,))
         if not c.tied:
-            self.lm_head = Embedding(c.V, c.D, c.dtype, draw)
+            self.lm_head = Embedding(c.V, c.D, by, draw)
 
     def __call__(
         self,
         tokens: Int[Array, "B T"],
         segments: Int[Array, "B T"] | None = None,
-        plan: Plan = PLAIN,
     ) -> Float[Array, "B T V"]:
         """Give the logits of the next token at every position, float32.
 
         `segments` (conversation numbers) keep packed sequences apart: attention stays inside a
         segment and positions restart with it.
         """
-        return self.head(self.states(tokens, segments, plan))
+        return self.head(self.states(tokens, segments))
 
     def states(
         self,
         tokens: Int[Array, "B T"],
         segments: Int[Array, "B T"] | None = None,
-        plan: Plan = PLAIN,
         first: int = 0,
         mixed: bool = False,
     ) -> Float[Array, "B T D"]:
@@ -148,7 +147,7 @@ class Decoder(nnx.Module):
         `first` numbers the layers from there, apart from another model's in one program (see
         attention.by_library).
         """
-        T = tokens.shape[1]
+        T, plan = tokens.shape[1], self.plan
         index = np.arange(T)
         visible = (index[:, None] >= index[None, :])[None]
         positions, follows = index[None], index[None] > 0
@@ -214,11 +213,11 @@ class Decoder(nnx.Module):
         return rotation(positions, c.T, c.head_width, c.rope_theta), self.embed_tokens(tokens)
 
 
-def build(c: ModelConfig, draw: Draw) -> nnx.Module:
-    """Make the module that the config names."""
+def build(c: ModelConfig, draw: Draw, plan: Plan = PLAIN) -> nnx.Module:
+    """Make the module that the config names; a transformer is executed as the plan says."""
     match c.kind:
         case "transformer":
-            return Decoder(c, draw)
+            return Decoder(c, draw, plan)
         case "position_weights":
             return PositionWeights(c.V, c.D, c.L, draw)
 
@@ -235,11 +234,11 @@ def init(c: ModelConfig, key: Array, scale: ArrayLike = 1.0) -> Params:
         lambda path, a: a if "norm" in jax.tree_util.keystr(path) else scale * a, drawn)
 
 
-def rebuild(c: ModelConfig, params: Params) -> Any:
+def rebuild(c: ModelConfig, params: Params, plan: Plan = PLAIN) -> Any:
     """Make the module whose parameters are `params`; it is a pytree, free to build."""
-    return nnx.merge(_blueprint(c)[0], nnx.State(params))
+    return nnx.merge(_blueprint(c, plan)[0], nnx.State(params))
 
 
 @functools.cache
-def _blueprint(c: ModelConfig) -> tuple[nnx.GraphDef, Any]:
-    return nnx.split(nnx.eval_shape(lambda: build(c, jnp.zeros)))
+def _blueprint(c: ModelConfig, plan: Plan = PLAIN) -> tuple[nnx.GraphDef, Any]:
+    return nnx.split(nnx.eval_shape(lambda: build(c, jnp.zeros, plan)))

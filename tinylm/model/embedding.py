@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Float, Int
 
-from tinylm.model.product import product
+from tinylm.model.product import Arithmetic, product
 
 Draw = Callable[[tuple[int, ...]], Array]
 """gives standard normal float32 numbers of a shape"""
@@ -40,8 +40,8 @@ def param(draw: Draw, shape: tuple[int, ...], std: float) -> nnx.Param:
 class Embedding(nnx.Module):
     """A table of V rows of width D; read by token on the way in, by product on the way out."""
 
-    def __init__(self, V: int, D: int, dtype: jnp.dtype, draw: Draw):
-        self.dtype = dtype
+    def __init__(self, V: int, D: int, by: Arithmetic, draw: Draw):
+        self.by = by
         self.weight = param(draw, (V, D), 0.02)
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
@@ -50,7 +50,7 @@ class Embedding(nnx.Module):
 
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Score every row against x."""
-        return product("btd,vd->btv", x, self.weight[...], self.dtype, logits=True)
+        return product("btd,vd->btv", x, self.weight[...], self.by, logits=True)
 
 
 @jax.custom_vjp

@@ -30,8 +30,8 @@ def scores(
     segments: Int[Array, "B T"] | None = None, plan: Plan = PLAIN,
 ) -> Float[Array, "B T"]:
     """Give the score at every position, having read the tokens up to and with it, float32."""
-    model = _trunk(config, params)
-    return _read(params, model.norm(model.states(tokens, segments, plan, config.L)))
+    model = _trunk(config, params, plan)
+    return _read(params, model.norm(model.states(tokens, segments, config.L)))
 
 
 def last_scores(config: ModelConfig, params: Params, tokens: Int[Array, "B T"],
@@ -41,8 +41,8 @@ def last_scores(config: ModelConfig, params: Params, tokens: Int[Array, "B T"],
     The last MLP is computed there alone. The mask is of the tokens scored (not of what they
     predict), so no id needs a meaning.
     """
-    model = _trunk(config, params)
-    x = at_last(model.states(tokens, None, plan, config.L, mixed=True), mask)[:, None]
+    model = _trunk(config, params, plan)
+    x = at_last(model.states(tokens, None, config.L, mixed=True), mask)[:, None]
     found = _read(params, model.norm(model.blocks()[-1].think(x)))[:, 0]
     return jnp.where(jnp.any(mask > 0, axis=1), found, 0.0)
 
@@ -54,8 +54,8 @@ def at_last(x: Float[Array, "B T *W"], mask: Float[Array, "B T"]) -> Float[Array
     return jnp.sum(jnp.where(last.reshape(last.shape + (1,) * (x.ndim - 2)), x, 0.0), axis=1)
 
 
-def _trunk(config: ModelConfig, params: Params) -> Decoder:
-    return rebuild(config, {k: v for k, v in params.items() if k != "score_head"})
+def _trunk(config: ModelConfig, params: Params, plan: Plan) -> Decoder:
+    return rebuild(config, {k: v for k, v in params.items() if k != "score_head"}, plan)
 
 
 def _read(params: Params, x: Float[Array, "B T D"]) -> Float[Array, "B T"]:

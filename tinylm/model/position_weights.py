@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from tinylm.machine import PLAIN, Plan
 from tinylm.model.embedding import Draw, param
 
 
@@ -20,9 +19,7 @@ class PositionWeights(nnx.Module):
         self.embed_tokens = param(draw, (L, V, min(D, V)), 0.02)
         self.lm_head = param(draw, (D, V), D**-0.5) if D < V else None
 
-    def __call__(
-        self, tokens: Int[Array, "B T"], segments: None = None, plan: Plan = PLAIN
-    ) -> Float[Array, "B T V"]:
+    def __call__(self, tokens: Int[Array, "B T"], segments: None = None) -> Float[Array, "B T V"]:
         """Give the logits of the next token; positions before the window count as nothing."""
         length = tokens.shape[1]
         tables = self.embed_tokens[...]

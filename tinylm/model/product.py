@@ -1,5 +1,6 @@
 """Products of activations with parameters: in float32, or of operands rounded to bfloat16.
 
+A plan may give float32's to oneDNN (tinylm/onednn.py), which takes turned operands as they lie.
 A bfloat16 product rounds its two operands and adds up in float32, and so do both of its gradients,
 which are written out here because XLA's CPU multiplies them fast in one order only.
 An accelerator, which waits for memory more than for products, rounds the sums too, but for logits
@@ -9,22 +10,78 @@ and the gradients of parameters: a tenth less time a step of a 124M model on an 
 
 import functools
 import math
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
+from tinylm import machine, onednn
+
 FULL = jnp.dtype("float32")
 
 
+@dataclass(frozen=True)
+class Arithmetic:
+    """How a model's products are computed."""
+
+    dtype: jnp.dtype = FULL
+    """what operands are rounded to"""
+    onednn: bool = False
+    """float32 products by oneDNN where XLA can call it (else, and elsewhere, XLA's own)"""
+
+
 def product(spec: str, x: Float[Array, "B T ..."], w: Float[Array, "..."],
-            dtype: jnp.dtype, logits: bool = False) -> Float[Array, "B T ..."]:
-    """Give einsum(spec, x, w), float32; a bfloat16 `dtype` rounds x, w and the gradient coming in.
+            by: Arithmetic, logits: bool = False) -> Float[Array, "B T ..."]:
+    """Give einsum(spec, x, w), float32; bfloat16 rounds x, w and the gradient coming in.
 
     `spec` has the form "bt<x's axes>,<w's axes>->bt<the others of w>". `logits` are never rounded.
     """
-    return _product(spec, jnp.dtype(dtype), logits, x, w)
+    called = (by.onednn and by.dtype == FULL and jax.default_backend() == "cpu"
+              and onednn.register(machine.cache()))
+    return _called(spec, x, w) if called else _product(spec, by.dtype, logits, x, w)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _called(spec: str, x: Array, w: Array) -> Array:
+    return _called_forward(spec, x, w)[0]
+
+
+def _called_forward(spec, x, w):
+    left, right, head = _matrices(spec, x, w)
+    y = _call("right_turned" if head else "plain", left, right)
+    return y.reshape(*x.shape[:2], *(w.shape[:1] if head else w.shape[x.ndim - 2:])), (x, w)
+
+
+def _called_backward(spec, kept, dy):
+    x, w = kept
+    left, right, head = _matrices(spec, x, w)
+    dy = dy.reshape(len(left), -1)
+    dx = _call("plain" if head else "right_turned", dy, right)
+    dw = _call("left_turned", *((dy, left) if head else (left, dy)))
+    return dx.reshape(x.shape), dw.reshape(w.shape)
+
+
+_called.defvjp(_called_forward, _called_backward)
+
+
+def _matrices(spec: str, x: Array, w: Array) -> tuple[Array, Array, bool]:
+    """Give x as [B T, summed], w as [summed, others], or as [others, summed] where it is a head."""
+    summed = math.prod(x.shape[2:])
+    head = _head(spec)
+    return x.reshape(-1, summed), w if head else w.reshape(summed, -1), head
+
+
+def _head(spec: str) -> bool:
+    x_axes, w_axes, _ = spec.replace("->", ",").split(",")
+    return w_axes[0] not in x_axes
+
+
+def _call(way: str, a: Array, b: Array) -> Array:
+    shape = a.shape[way == "left_turned"], b.shape[way != "right_turned"]
+    return jax.ffi.ffi_call(f"tinylm_{way}", jax.ShapeDtypeStruct(shape, FULL),
+                            vmap_method="sequential")(a, b)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -41,7 +98,7 @@ def _backward(spec, dtype, logits, kept, dy):
     (x, w), dy = kept, dy.astype(dtype)
     x_axes, w_axes, y_axes = spec.replace("->", ",").split(",")
     dx = _result(f"{y_axes},{w_axes}->{x_axes}", dy, w)
-    if w_axes[0] not in x_axes:  # a head: its gradient's rows are long
+    if _head(spec):  # its gradient's rows are long
         return dx, _sum(f"{y_axes[2:]}bt,{x_axes}->{w_axes}", _turn(dy), x)
     if dtype == FULL:
         return dx, _sum(f"{x_axes},{y_axes}->{w_axes}", x, dy)

@@ -232,8 +232,8 @@ def policy_loss(config: PolicyConfig, plan: machine.Plan) -> losses.Loss:
     """Build the loss of the method on Experience, its advantages constant to it."""
     def loss(params: Params, seen: Experience) -> tuple[Array, losses.Sums]:
         tokens, model = seen.tokens, config.model
-        own = rebuild(model, spoken(params))
-        x, logits = own.states(tokens[:, :-1], plan=plan, mixed=True), own.ending()
+        own = rebuild(model, spoken(params), plan)
+        x, logits = own.states(tokens[:, :-1], mixed=True), own.ending()
         logp = losses.where_counted(
             lambda x, t: losses.token_logp(logits(x), t, config.temperature), seen.mask, x,
             tokens[:, 1:])

@@ -69,27 +69,27 @@ def where_counted(of: Callable[..., Any], mask: Float[Array, "B T"], *arrays: Ar
     return jax.lax.platform_dependent(*arrays, cpu=by_count, default=everywhere)
 
 
-def in_two(model: Any, tokens: Int[Array, "B T"], segments: Int[Array, "B T"] | None,
-           plan: Plan) -> tuple[Array, Callable[[Array], Array]]:
+def in_two(model: Any, tokens: Int[Array, "B T"], segments: Int[Array, "B T"] | None
+           ) -> tuple[Array, Callable[[Array], Array]]:
     """Give what a model makes of tokens together, and what makes logits of that by position.
 
     A kind of model that is not cut in two gives its logits at once.
     """
     if isinstance(model, Decoder):
-        return model.states(tokens, segments, plan, mixed=True), model.ending()
-    return model(tokens, segments, plan), lambda logits: logits
+        return model.states(tokens, segments, mixed=True), model.ending()
+    return model(tokens, segments), lambda logits: logits
 
 
 def next_token(config: ModelConfig, z_loss: float = 0.0, plan: Plan = PLAIN) -> Loss:
     """Build the loss of predicting tokens[:, 1:]: weighted nll + z_loss * logz^2 (2204.02311)."""
 
     def loss(params: Params, batch: Batch) -> tuple[Array, Sums]:
-        model, w = rebuild(config, params), batch.weights
+        model, w = rebuild(config, params, plan), batch.weights
         tokens, targets = batch.tokens[:, :-1], batch.tokens[:, 1:]
         if batch.segments is None:
-            each, logz = nll(model(tokens, plan=plan), targets)
+            each, logz = nll(model(tokens), targets)
         else:
-            x, logits = in_two(model, tokens, batch.segments[:, :-1], plan)
+            x, logits = in_two(model, tokens, batch.segments[:, :-1])
             each, logz = where_counted(lambda x, t: nll(logits(x), t), w, x, targets)
         sums = {"nats_per_token": jnp.sum(w * each), "weight": jnp.sum(w)}
         return jnp.sum(w * (each + z_loss * logz**2)), sums
@@ -142,8 +142,8 @@ def response_logp(config: ModelConfig, params: Params, tokens: Int[Array, "B R T
     """Give the log-probability of each response, summed over its tokens and its end, nats."""
     B, R, T1 = tokens.shape
     flat, mask = tokens.reshape(B * R, T1), mask.reshape(B * R, T1 - 1)
-    model = rebuild(config, params)
-    x, logits = in_two(model, flat[:, :-1], None, plan)
+    model = rebuild(config, params, plan)
+    x, logits = in_two(model, flat[:, :-1], None)
     each = where_counted(lambda x, t: token_logp(logits(x), t), mask, x, flat[:, 1:])
     return jnp.sum(_kept(each, mask), axis=-1).reshape(B, R)
 

@@ -58,12 +58,14 @@ def settle(folder: Path, config: Any, kind: str, plan: machine.Plan, text: Path)
         begun["config"] = configs.to_json(configs.from_json(type(config), begun["config"]))
         _same(place, begun, mine, ("kind", "config") if finished else
               ("kind", "config", "versions", "code_id"))
+        plan = configs.from_json(machine.Plan, files.read_json(folder / "plan.json"), "plan.json")
         if not finished:
             kept, here = files.read_json(folder / "environment.json"), machine.environment()
-            _same(place, kept, here, tuple(k for k in machine.BITS if k in kept))
+            _same(place, kept, here, tuple(k for k in machine.BITS if k in kept and (
+                k != "onednn" or plan.onednn)))
         elif bad := files.changed(folder, finished.get("files", {})):
             raise files.Damaged(f"{bad[0]}; delete {folder} and run again")
-        return configs.from_json(machine.Plan, files.read_json(folder / "plan.json"), "plan.json")
+        return plan
     if (folder / "checkpoints").exists():
         raise files.Damaged(f"{place} is missing where checkpoints are; delete {folder} and run "
                             "again")
@@ -230,7 +232,7 @@ def code_id() -> str:
     """
     root = Path(__file__).parent.parent
     total = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
+    for path in sorted((*root.rglob("*.py"), root / "onednn.c")):
         if path.relative_to(root).parts[0] in LAUNCH:
             continue
         total.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
