@@ -1,10 +1,11 @@
 """Does the rule that plans a run pick the fastest plan on this machine, and would measuring pay?
 
 question   By width, on one pinned core as a sweep's worker has it: how many tokens a second do
-           micro-batches of 1, 2 and 4 sequences and scanned layers give, what does compiling each
-           cost, and how much slower than the best is what `machine.plan_for` picks?
+           micro-batches of 1, 2 and 4 sequences, scanned layers and products by XLA (where the
+           rule's are by oneDNN) give, what does compiling each cost, and how much slower than the
+           best is what `machine.plan_for` picks?
 command    python experiments/plan_choice.py --results experiments/results
-cost       about 4 minutes on one core
+cost       about 5 minutes on one core
 expected   the rule within 5% of the best at every width, and a measurement of all plans of a shape
            dearer than that gains over a run of the default study
 result     within 4.6% at widths 12 to 160; 25 s to compile a width's four plans (plan_choice.json)
@@ -29,7 +30,8 @@ from tinylm.look import progress  # noqa: E402
 from tinylm.sweep.presets import LAPTOP  # noqa: E402
 
 PLANS = {"1": {"micro": 1}, "2": {"micro": 2}, "4": {"micro": 4},
-         "1 scanned": {"micro": 1, "unroll": False}}
+         "1 scanned": {"micro": 1, "unroll": False}, "by XLA": {"onednn": False}}
+"""beside the rule's plan: what is changed of it"""
 
 
 @dataclass
@@ -65,17 +67,20 @@ def main(args: Args) -> int:
         found = bench.interleaved(tasks, args.rounds)
         best = max(found, key=lambda name: found[name].median)
         lost = 1 - found[str(rule.micro)].median / found[best].median
-        summary[str(width)] = {"rule": str(rule.micro), "best": best, "lost_share": lost,
-                               "compile_seconds": sum(compiled.values())}
+        summary[str(width)] = {"rule": str(rule.micro), "onednn": rule.onednn, "best": best,
+                               "lost_share": lost, "over_xla": found[str(rule.micro)].median
+                               / found["by XLA"].median, "compile_seconds": sum(compiled.values())}
         table += [(width, name, r.median, r.low, r.high, compiled[name])
                   for name, r in found.items()]
-        progress.say(f"D={width}: best {best}, the rule {rule.micro} is {lost:.1%} slower; "
+        progress.say(f"D={width}: best {best}, the rule {rule.micro} is {lost:.1%} slower, "
+                     f"{summary[str(width)]['over_xla']:.2f} times its rate by XLA; "
                      f"{sum(compiled.values()):.0f} s to compile all")
     if args.results:
         head = ("width", "plan", "tokens_per_second", "low", "high", "compile_seconds")
         write_table(args.results / "plan_choice.csv", head, table)
         files.write_json(args.results / "plan_choice.json",
-                         {"versions": machine.versions(), "widths": summary})
+                         {"versions": machine.versions(), "environment": machine.environment(),
+                          "widths": summary})
     return 0
 
 
