@@ -31,7 +31,8 @@ def version(kept: Path) -> str:
     try:
         _load(kept)
         return importlib.metadata.version(PACKAGE)
-    except (importlib.metadata.PackageNotFoundError, OSError, subprocess.SubprocessError):
+    except (importlib.metadata.PackageNotFoundError, OSError, subprocess.SubprocessError,
+            AttributeError):  # the last: a library without that function
         return ""
 
 
@@ -50,9 +51,10 @@ def register(kept: Path) -> bool:
 
 @functools.cache
 def _load(kept: Path) -> ctypes.CDLL:
-    place = next((str(f.locate()) for f in importlib.metadata.files(PACKAGE) or ()
-                  if f.name == LIBRARY), LIBRARY)
-    library, threads = ctypes.CDLL(place), ctypes.CDLL("libgomp.so.1")
+    found = [f.locate() for f in importlib.metadata.files(PACKAGE) or () if f.name == LIBRARY]
+    if not found:
+        raise FileNotFoundError(f"{PACKAGE} without {LIBRARY}")
+    library, threads = ctypes.CDLL(str(found[0])), ctypes.CDLL("libgomp.so.1")
     caller = ctypes.CDLL(str(_built(kept)))
     caller.hand_over(*(ctypes.cast(f, ctypes.c_void_p)
                        for f in (library.dnnl_sgemm, threads.omp_set_num_threads)))
