@@ -87,6 +87,11 @@ def test_a_plan_takes_it_on_a_cpu_only_and_a_caller_is_built_once(tmp_path, monk
     onednn._built(tmp_path)
     assert [(p, p.stat().st_mtime_ns) for p in (tmp_path / "onednn").iterdir()] == [
         (built, before)]
+    whole = built.read_bytes()
+    built.unlink()  # it is loaded: its bytes stay
+    built.write_bytes(whole[:3000])  # as a machine that lost its power may leave it
+    assert onednn._built(tmp_path).read_bytes()[:4] == b"\x7fELF"
+    assert len(onednn._built(tmp_path).read_bytes()) == len(whole)
     assert not machine.plan_for(8, 16, 16, "gpu", 2).onednn
 
 

@@ -62,20 +62,29 @@ def _load(kept: Path) -> ctypes.CDLL:
 
 
 def _built(kept: Path) -> Path:
-    """Compile the caller where that has not been done for this source and this jaxlib."""
+    """Compile the caller where that has not been done for this source and this jaxlib.
+
+    Its name ends with its own hash: a file that lost its end would kill whoever loads it.
+    """
     found = importlib.util.find_spec("jaxlib")
     headers = Path(found.origin).parent / "include" if found and found.origin else Path()
     told = SOURCE.read_bytes() + (headers / "xla/ffi/api/c_api.h").read_bytes()
-    place = kept / "onednn" / f"{hashlib.sha256(told).hexdigest()[:16]}.so"
-    if place.exists():
-        return place
+    folder, name = kept / "onednn", _hash(told)
+    for place in folder.glob(f"{name}-*.so"):
+        if place.stem == f"{name}-{_hash(place.read_bytes())}":
+            return place
     compiler = shutil.which(os.environ.get("CC") or "cc")
     if compiler is None:
         raise FileNotFoundError("no C compiler")
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=place.parent) as room:
-        made = Path(room) / place.name
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as room:
+        made = Path(room) / "made.so"
         subprocess.run([compiler, "-O2", "-shared", "-fPIC", f"-I{headers}", str(SOURCE), "-o",
                         str(made)], check=True, capture_output=True, timeout=60)
+        place = folder / f"{name}-{_hash(made.read_bytes())}.so"
         os.replace(made, place)
     return place
+
+
+def _hash(told: bytes) -> str:
+    return hashlib.sha256(told).hexdigest()[:16]
