@@ -198,7 +198,7 @@ def plan_for(rows: int, T: int, D: int, backend: str, count: int, devices: int =
     rate of one at D=64 to 384; on 0.12 .98 at D=128, 1.02 at 256, 1.08 at 384). An accelerator
     gets longer chunks, members side by side and the library's attention; its layers are written
     out too (scanned, an H200 trains at 67% of the rate: D=768, L=12). On a CPU float32 products
-    are oneDNN's where it is at hand (by hand, experiments/LOG.md: 1.1 to 1.2 times the rate).
+    are oneDNN's where it is at hand (experiments/plan_choice.py: 1.12 to 1.23 times the rate).
     """
     require("rows", rows, 1, 1e9)
     require("devices", devices, 0, count)
