@@ -173,7 +173,7 @@ def peers(args: Args, models: int) -> list[list[str]]:
 
 
 def products(args) -> dict[str, float]:
-    """Give the best rate of a product on all cores, XLA's or torch's, by type, GFLOP/s."""
+    """Give the best rate of a product on all cores, ours (XLA or oneDNN) or torch's, in GFLOP/s."""
     ours = bench.peak(args.rounds)
     with bench.Crew(peers(args, len(machine.cores()))) as theirs:
         return {kind: max(ours[f"best_{kind}_gflops"],
