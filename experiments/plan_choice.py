@@ -1,9 +1,9 @@
 """Does the rule that plans a run pick the fastest plan on this machine, and would measuring pay?
 
 question   By width, on one pinned core as a sweep's worker has it: how many tokens a second do
-           micro-batches of 1, 2 and 4 sequences, scanned layers and products by XLA (where the
-           rule's are by oneDNN) give, what does compiling each cost, and how much slower than the
-           best is what `machine.plan_for` picks?
+           micro-batches of 1 to 8 sequences, scanned layers, XLA's attention and loss, and all by
+           XLA (where the rule calls C) give, what does compiling each cost, and how much slower
+           than the best is what `machine.plan_for` picks?
 command    python experiments/plan_choice.py --results experiments/results
 cost       about 5 minutes on one core
 expected   the rule within 5% of the best at every width, and a measurement of all plans of a shape
@@ -31,8 +31,9 @@ from tinylm import bench  # noqa: E402
 from tinylm.look import progress  # noqa: E402
 from tinylm.sweep.presets import LAPTOP  # noqa: E402
 
-PLANS = {"1": {"micro": 1}, "2": {"micro": 2}, "4": {"micro": 4},
-         "1 scanned": {"micro": 1, "unroll": False}, "by XLA": {"onednn": False}}
+PLANS = {"1": {"micro": 1}, "2": {"micro": 2}, "4": {"micro": 4}, "8": {"micro": 8},
+         "4 scanned": {"micro": 4, "unroll": False}, "without our C": {"native": False},
+         "by XLA": {"onednn": False, "native": False}}
 """beside the rule's plan: what is changed of it"""
 
 
@@ -69,7 +70,8 @@ def main(args: Args) -> int:
         found = bench.interleaved(tasks, args.rounds)
         best = max(found, key=lambda name: found[name].median)
         lost = 1 - found[str(rule.micro)].median / found[best].median
-        summary[str(width)] = {"rule": str(rule.micro), "onednn": rule.onednn, "best": best,
+        summary[str(width)] = {"rule": str(rule.micro), "onednn": rule.onednn,
+                               "native": rule.native, "best": best,
                                "lost_share": lost, "over_xla": found[str(rule.micro)].median
                                / found["by XLA"].median, "compile_seconds": sum(compiled.values())}
         table += [(width, name, r.median, r.low, r.high, compiled[name])

@@ -52,3 +52,21 @@ def test_the_experiment_runs_at_toy_size_and_writes_its_table(tmp_path, name):
     if name == "optimisers":
         found = files.read_json(tmp_path / "optimisers.json")["8"]
         assert {row["kind"] for row in rows} == {"adamw", "muon"} and found["seconds_ratio"] > 0
+
+
+@pytest.mark.slow
+def test_plain_pairs_differ_in_the_plan_alone(tmp_path):
+    text = tmp_path / "stories.txt"
+    text.write_text("\n".join(story(n, 80) for n in range(40)))
+    done = experiment("bf16_loss", "--out", tmp_path / "runs", "--corpus", text, "--shapes",
+                      "--widths", "8", "--seeds", "2", "--steps", "20", "--kinds", "plain", "f32",
+                      "--results", tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader((tmp_path / "f32_loss.csv").read_text().splitlines()))
+    assert len(rows) == 4 and len({row["id"] for row in rows}) == 2
+    found = files.read_json(tmp_path / "f32_loss.json")["D=8"]
+    assert abs(found["mean_nats"]) < 1e-3 and found["plain_nats"] > 0
+    for kind in ("plain", "f32"):
+        place, = (tmp_path / "runs" / f"runs-D=8-{kind}").glob("*0/plan.json")
+        plan = files.read_json(place)
+        assert not (plan["native"] or plan["onednn"]) or kind == "f32"

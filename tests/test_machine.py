@@ -9,6 +9,7 @@ import pytest
 
 from tinylm import machine
 from tinylm.config import BadInput
+from tinylm.native import library
 from tinylm.train.step import check_rows
 
 
@@ -18,16 +19,22 @@ def test_every_plan_divides_its_batch_and_uses_the_devices_that_can():
         plan = machine.plan_for(rows, T, D, backend, count)
         check_rows(rows, plan.devices, plan.micro)
         assert not [d for d in range(plan.devices + 1, count + 1) if rows % d == 0]
-        assert backend == "gpu" or plan.micro <= 2 or plan.micro * T <= 512
+        assert backend == "gpu" or plan.micro <= 2 or plan.micro * T <= 1024
 
 
+@pytest.mark.parametrize("native", ["", "12.2.0"])
 @pytest.mark.parametrize(("jax", "D", "T", "at_once"), [
-    ("0.12.0.1", 24, 128, 1), ("0.12.0.1", 64, 128, 2), ("0.12.0.1", 128, 256, 1),
-    ("0.12.0.1", 384, 256, 2), ("0.10.2", 24, 128, 1), ("0.10.2", 64, 128, 2),
-    ("0.10.2", 128, 256, 2), ("0.10.2", 384, 256, 2), ("0.10.2", 64, 1024, 2)])
-def test_a_cpu_holds_as_many_sequences_at_once_as_were_fastest(monkeypatch, jax, D, T, at_once):
+    ("0.12.0.1", 24, 128, (1, 8)), ("0.12.0.1", 64, 128, (2, 4)), ("0.12.0.1", 96, 128, (2, 2)),
+    ("0.12.0.1", 128, 256, (1, 1)), ("0.12.0.1", 384, 256, (2, 2)), ("0.10.2", 24, 128, (1, 8)),
+    ("0.10.2", 64, 128, (2, 4)), ("0.10.2", 128, 256, (2, 2)), ("0.10.2", 384, 256, (2, 2)),
+    ("0.10.2", 64, 1024, (2, 2))])
+def test_a_cpu_holds_as_many_sequences_at_once_as_were_fastest(monkeypatch, jax, D, T, at_once,
+                                                               native):
     monkeypatch.setattr(machine.importlib.metadata, "version", {"jax": jax}.get)
-    assert machine.plan_for(32, T, D, "cpu", 2).micro == at_once
+    monkeypatch.setattr(library, "compiler", lambda kept: native)
+    monkeypatch.setattr(library, "onednn", lambda kept: "")
+    plan = machine.plan_for(32, T, D, "cpu", 2)
+    assert plan.micro == at_once[bool(native)] and plan.native == bool(native)
 
 
 @pytest.mark.parametrize(("rows", "devices", "words"), [

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tinylm import machine, onednn
+from tinylm import machine
 from tinylm.model.product import Arithmetic, product
+from tinylm.native import library
 
 SHAPES = {"btd,dnk->btnk": ((3, 5, 8), (8, 2, 4), (3, 5, 2, 4)),
           "bthk,hkd->btd": ((3, 5, 2, 4), (2, 4, 8), (3, 5, 8)),
@@ -16,7 +17,7 @@ SHAPES = {"btd,dnk->btnk": ((3, 5, 8), (8, 2, 4), (3, 5, 2, 4)),
           "btd,vd->btv": ((3, 5, 8), (7, 8), (3, 5, 7))}
 HALF = Arithmetic(jnp.dtype("bfloat16"))
 CALLED = pytest.param(Arithmetic(onednn=True), marks=pytest.mark.skipif(
-    not onednn.version(machine.cache()), reason="needs oneDNN and a C compiler"))
+    not library.onednn(machine.cache()), reason="needs oneDNN and a C compiler"))
 
 
 @pytest.mark.parametrize("by", [HALF, Arithmetic(), CALLED])

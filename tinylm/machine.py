@@ -17,8 +17,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tinylm import onednn
 from tinylm.config import BadInput, require
+from tinylm.native import library
 
 MEMORY = 8e9
 """bytes of a device to count on where it does not say"""
@@ -49,12 +49,14 @@ class Plan:
     """a layer's insides are computed again on the way back: less memory, a third more work"""
     onednn: bool = False
     """float32 products of activations with parameters by oneDNN instead of XLA (CPU)"""
+    native: bool = False
+    """attention and a narrow model's loss in float32 by our C instead of XLA (CPU)"""
     kept: tuple[int, ...] = ()
     """steps whose checkpoints stay, to look at afterwards"""
 
 
 BITS = ("backend", "device", "instructions", "xla_flags", "matmul_precision", "threads",
-        "onednn")
+        "onednn", "native")
 """the facts of an environment that bits depend on; not the number of cores, which `pin` sees to"""
 
 PLAIN = Plan()
@@ -190,15 +192,14 @@ def _plugins() -> bool:
 def plan_for(rows: int, T: int, D: int, backend: str, count: int, devices: int = 0) -> Plan:
     """Give the plan of one run: `rows` sequences of T tokens a step, a model of width D.
 
-    The batch is split over `devices`, or over as many of the `count` at hand as divide it. On a
-    CPU a device holds 128 tokens at once below width 40, 256 below 256 and 512 from there on:
-    medians of one interleaved run at T=128, V=2048, per sequence with 1 / 2 / 4 at once: 1.34 /
-    1.43 / 1.45 ms at D=24, 2.20 / 2.05 / 2.11 at D=48, 6.75 / 5.65 / 5.63 at D=128. JAX before
-    0.12 also wants two sequences at once from D=40 on (T=256, bfloat16: 1.15 to 1.16 times the
-    rate of one at D=64 to 384; on 0.12 .98 at D=128, 1.02 at 256, 1.08 at 384). An accelerator
-    gets longer chunks, members side by side and the library's attention; its layers are written
-    out too (scanned, an H200 trains at 67% of the rate: D=768, L=12). On a CPU float32 products
-    are oneDNN's where it is at hand (experiments/plan_choice.py: 1.12 to 1.23 times the rate).
+    The batch is split over `devices`, or over as many of the `count` at hand as divide it. A CPU
+    calls our C and oneDNN where they are at hand. What a device of it holds at once is measured
+    (experiments/plan_choice.py, LOG): 512 tokens from D=256 on and 256 below; narrow models, which
+    wait for calls, 512 below 80 and 1024 below 40, where C makes their loss, else 128 below 40, for
+    their logits have to stay in the cache. JAX before 0.12 also wants two sequences at once from
+    D=40 on (1.15 to 1.25 times the rate of one). An accelerator gets longer chunks, members side by
+    side and the library's attention; its layers are written out too (scanned, an H200 trains at 67%
+    of the rate: D=768, L=12).
     """
     require("rows", rows, 1, 1e9)
     require("devices", devices, 0, count)
@@ -207,15 +208,17 @@ def plan_for(rows: int, T: int, D: int, backend: str, count: int, devices: int =
         raise BadInput(f"{rows} sequences a step do not divide over {devices} devices; choose "
                        "a divisor")
     cpu = backend == "cpu"
-    most = 64
+    most, native = 64, cpu and bool(library.compiler(cache()))
     if cpu:
         old = tuple(map(int, importlib.metadata.version("jax").split(".")[:2])) < (0, 12)
-        most = max(2 if old and D >= 40 else 1, (128 if D < 40 else 256 if D < 256 else 512) // T)
+        tokens = (512 if D >= 256 else 256 if D >= 80 or D >= 40 and not native else
+                  128 if not native else 512 if D >= 40 else 1024)
+        most = max(2 if old and D >= 40 else 1, tokens // T)
     micro = max(m for m in range(1, most + 1) if rows // devices % m == 0)
     every = 2048 if cpu and D < 40 else 512  # either is about ten seconds of a core
     return Plan(devices=devices, micro=micro, chunk=16 if cpu else 64, checkpoint_every=every,
                 vmap=not cpu, fused=not cpu,
-                onednn=cpu and bool(onednn.version(cache())))
+                onednn=cpu and bool(library.onednn(cache())), native=native)
 
 
 def mesh(devices: int) -> Any:
@@ -241,24 +244,11 @@ def environment() -> dict[str, Any]:
     import jax
 
     device = jax.devices()[0]
-    return {"platform": platform.platform(), "processor": _cpuinfo("model name"),
-            "cores": len(cores()), "instructions": _instructions(),
+    return {"platform": platform.platform(), "processor": library.cpuinfo("model name"),
+            "cores": len(cores()), "instructions": library.instructions(),
             "backend": jax.default_backend(), "device": device.device_kind,
             "devices": jax.device_count(), "xla_flags": os.environ.get("XLA_FLAGS", ""),
             "matmul_precision": str(jax.config.jax_default_matmul_precision or ""),
             "threads": "one" if os.environ.get("NPROC") == "1" else "several",
-            "onednn": onednn.version(cache()) if jax.default_backend() == "cpu" else ""}
-
-
-def _instructions() -> str:
-    """Name the vector instructions of the CPU, on which XLA's choice of code depends."""
-    return " ".join(sorted(name for name in (_cpuinfo("flags") or _cpuinfo("Features")).split()
-                           if name.startswith(("avx", "fma", "amx", "asimd", "sve", "bf16"))))
-
-
-def _cpuinfo(key: str) -> str:
-    info = Path("/proc/cpuinfo")
-    for line in info.read_text("utf-8").splitlines() if info.exists() else []:
-        if line.startswith(key):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() if key == "model name" else ""
+            "onednn": library.onednn(cache()) if jax.default_backend() == "cpu" else "",
+            "native": library.compiler(cache()) if jax.default_backend() == "cpu" else ""}

@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 from tinylm.model.embedding import Draw, RMSNorm, Rotation, param, rotate
-from tinylm.model.product import FULL, Arithmetic, product
+from tinylm.model.product import FULL, Arithmetic, can_call, foreign, product
 
 BLOCK, BLOCKS = 64, 4
 """queries are cut into blocks of BLOCK or more, BLOCKS at most"""
@@ -73,8 +73,13 @@ class Attention(nnx.Module):
         if cache is not None:
             k = jax.lax.dynamic_update_slice_in_dim(cache.k, k, start, 2)
             v = jax.lax.dynamic_update_slice_in_dim(cache.v, v, start, 2)
-        mixed = (attend(q, k, v, visible, self.by.dtype) if fused is None else
-                 by_library(q, k, v, visible, self.by.dtype, fused))
+        if fused is not None:
+            mixed = by_library(q, k, v, visible, self.by.dtype, fused)
+        elif (self.by.native and cache is None and _causal(visible)
+              and can_call(self.by, ("mix", "mix_back"))):
+            mixed = by_native(q, *(a.transpose(0, 2, 1, 3) for a in (k, v)))
+        else:
+            mixed = attend(q, k, v, visible, self.by.dtype)
         out = product("bthk,hkd->btd", mixed, self.o_proj[...], self.by)
         return out, KeyValue(k, v, last)
 
@@ -145,7 +150,7 @@ def by_library(
     program with two equal calls of cuDNN's gradient (IndexError, "raw_hash_map::at"), so each
     layer's `number` makes its scale another one, by less than float32 can tell.
     """
-    causal = isinstance(visible, np.ndarray) and bool((visible == np.tri(*visible.shape[1:])).all())
+    causal = _causal(visible)
     q, k_BSGK, v_BSGK = (a.astype(dtype) for a in (
         q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)))
     mixed = jax.nn.dot_product_attention(
@@ -155,11 +160,40 @@ def by_library(
     return mixed.astype(jnp.float32)
 
 
+@jax.custom_vjp
+def by_native(
+    q: Float[Array, "B T H K"], k: Float[Array, "B T G K"], v: Float[Array, "B T G K"]
+) -> Float[Array, "B T H K"]:
+    """Mix as `attend` does where all that came before is visible, by our C on a CPU.
+
+    No weights are kept (tinylm/native/attention.c).
+    """
+    return _native_forward(q, k, v)[0]
+
+
+def _native_forward(q, k, v):
+    B, T, H, _ = q.shape
+    mixed, logz = foreign("mix", (q, jax.ShapeDtypeStruct((B, H, T), FULL)), q, k, v)
+    return mixed, (q, k, v, mixed, logz)
+
+
+def _native_backward(kept, dy):
+    return tuple(foreign("mix_back", kept[:3], *kept, dy))
+
+
+by_native.defvjp(_native_forward, _native_backward)
+
+
 def weigh(
     q: Float[Array, "B T H K"], k: Float[Array, "B G S K"], visible: Bool[ArrayLike, "#B T S"]
 ) -> Float[Array, "B G J T S"]:
     """Give the weights by which `attend` mixes, float32; J = H / G query heads share a key head."""
     return jax.nn.softmax(_scores(_grouped(q, k), k, visible), axis=-1)
+
+
+def _causal(visible: Bool[ArrayLike, "#B T S"]) -> bool:
+    """Tell whether it is known beforehand that all sees what came before it, and itself."""
+    return isinstance(visible, np.ndarray) and bool((visible == np.tri(*visible.shape[1:])).all())
 
 
 def _cudnn(dtype: jnp.dtype, K: int) -> bool:

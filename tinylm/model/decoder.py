@@ -20,6 +20,7 @@ from jaxtyping import Array, ArrayLike, Float, Int
 from tinylm.config import BadInput, require
 from tinylm.laws.accounting import Shape
 from tinylm.machine import PLAIN, Plan
+from tinylm.model import entropy
 from tinylm.model.attention import KeyValue
 from tinylm.model.block import Block
 from tinylm.model.embedding import Cut, Draw, Embedding, RMSNorm, rotation
@@ -114,7 +115,8 @@ class Decoder(nnx.Module):
     """Embedding, L blocks, a norm and a head, executed as a plan says."""
 
     def __init__(self, c: ModelConfig, draw: Draw, plan: Plan = PLAIN):
-        self.config, self.plan, by = c, plan, Arithmetic(c.dtype, plan.onednn)
+        self.config, self.plan, by = c, plan, Arithmetic(
+            c.dtype, plan.onednn, plan.native)
         self.embed_tokens = Embedding(c.V, c.D, by, draw)
         self.layers = Block(c.D, c.H, c.groups, c.head_width, c.mlp_width, c.smear, (c.L,),
                             by, draw)
@@ -205,8 +207,21 @@ class Decoder(nnx.Module):
 
     def head(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Turn the residual stream into logits."""
-        table = self.embed_tokens if self.config.tied else self.lm_head
-        return table.logits(self.norm(x))
+        return self._table().logits(self.norm(x))
+
+    def cross_entropy(
+        self, tokens: Int[Array, "B T"], targets: Int[Array, "B T"], weights: Float[Array, "B T"],
+        z_loss: float,
+    ) -> tuple[Float[Array, ""], Float[Array, ""]] | None:
+        """Give `entropy.cross_entropy` of the targets, None where logits are the faster way."""
+        table = self._table()
+        if not entropy.pays(table.by, self.config.D):
+            return None
+        return entropy.cross_entropy(self.norm(self.states(tokens)), table.weight[...], targets,
+                                     weights, z_loss)
+
+    def _table(self) -> Embedding:
+        return self.embed_tokens if self.config.tied else self.lm_head
 
     def _begin(self, tokens, positions):
         c = self.config

@@ -1,6 +1,6 @@
 """Products of activations with parameters: in float32, or of operands rounded to bfloat16.
 
-A plan may give float32's to oneDNN (tinylm/onednn.py), which takes turned operands as they lie.
+A plan may give float32's to oneDNN (tinylm/native), which takes turned operands as they lie.
 A bfloat16 product rounds its two operands and adds up in float32, and so do both of its gradients,
 which are written out here because XLA's CPU multiplies them fast in one order only.
 An accelerator, which waits for memory more than for products, rounds the sums too, but for logits
@@ -11,13 +11,15 @@ and the gradients of parameters: a tenth less time a step of a 124M model on an 
 import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
-from tinylm import machine, onednn
+from tinylm import machine
+from tinylm.native import library
 
 FULL = jnp.dtype("float32")
 
@@ -30,6 +32,8 @@ class Arithmetic:
     """what operands are rounded to"""
     onednn: bool = False
     """float32 products by oneDNN where XLA can call it (else, and elsewhere, XLA's own)"""
+    native: bool = False
+    """attention and a narrow head's loss in float32 by our C, likewise"""
 
 
 def product(spec: str, x: Float[Array, "B T ..."], w: Float[Array, "..."],
@@ -38,9 +42,20 @@ def product(spec: str, x: Float[Array, "B T ..."], w: Float[Array, "..."],
 
     `spec` has the form "bt<x's axes>,<w's axes>->bt<the others of w>". `logits` are never rounded.
     """
-    called = (by.onednn and by.dtype == FULL and jax.default_backend() == "cpu"
-              and onednn.register(machine.cache()))
+    called = by.onednn and can_call(by, library.PRODUCTS)
     return _called(spec, x, w) if called else _product(spec, by.dtype, logits, x, w)
+
+
+def can_call(by: Arithmetic, names: tuple[str, ...]) -> bool:
+    """Tell whether a model of this arithmetic can call these functions of tinylm/native here."""
+    return (by.dtype == FULL and jax.default_backend() == "cpu"
+            and all(library.register(machine.cache(), name) for name in names))
+
+
+def foreign(name: str, results: Any, *given: Array) -> Any:
+    """Call a function of tinylm/native; `results` are of float32 and have the shapes to give."""
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, FULL), results)
+    return jax.ffi.ffi_call(f"tinylm_{name}", shapes, vmap_method="sequential")(*given)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -80,8 +95,7 @@ def _head(spec: str) -> bool:
 
 def _call(way: str, a: Array, b: Array) -> Array:
     shape = a.shape[way == "left_turned"], b.shape[way != "right_turned"]
-    return jax.ffi.ffi_call(f"tinylm_{way}", jax.ShapeDtypeStruct(shape, FULL),
-                            vmap_method="sequential")(a, b)
+    return foreign(way, jax.ShapeDtypeStruct(shape, FULL), a, b)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

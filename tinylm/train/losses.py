@@ -87,6 +87,9 @@ def next_token(config: ModelConfig, z_loss: float = 0.0, plan: Plan = PLAIN) -> 
         model, w = rebuild(config, params, plan), batch.weights
         tokens, targets = batch.tokens[:, :-1], batch.tokens[:, 1:]
         if batch.segments is None:
+            if isinstance(model, Decoder) and (
+                    found := model.cross_entropy(tokens, targets, w, z_loss)):
+                return found[0], {"nats_per_token": found[1], "weight": jnp.sum(w)}
             each, logz = nll(model(tokens), targets)
         else:
             x, logits = in_two(model, tokens, batch.segments[:, :-1])

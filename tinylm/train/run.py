@@ -62,7 +62,7 @@ def settle(folder: Path, config: Any, kind: str, plan: machine.Plan, text: Path)
         if not finished:
             kept, here = files.read_json(folder / "environment.json"), machine.environment()
             _same(place, kept, here, tuple(k for k in machine.BITS if k in kept and (
-                k != "onednn" or plan.onednn)))
+                k not in ("onednn", "native") or getattr(plan, k))))
         elif bad := files.changed(folder, finished.get("files", {})):
             raise files.Damaged(f"{bad[0]}; delete {folder} and run again")
         return plan
@@ -232,7 +232,7 @@ def code_id() -> str:
     """
     root = Path(__file__).parent.parent
     total = hashlib.sha256()
-    for path in sorted((*root.rglob("*.py"), root / "onednn.c")):
+    for path in sorted(p for end in ("py", "c", "h") for p in root.rglob(f"*.{end}")):
         if path.relative_to(root).parts[0] in LAUNCH:
             continue
         total.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")

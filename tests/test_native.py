@@ -1,0 +1,202 @@
+"""Our C and oneDNN: called by XLA where a plan says so, the same values, and XLA without them."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tinylm import machine
+from tinylm.config import BadInput
+from tinylm.model import attention
+from tinylm.model.decoder import ModelConfig, init
+from tinylm.model.entropy import cross_entropy
+from tinylm.model.product import Arithmetic, product
+from tinylm.native import library
+from tinylm.train import losses, optim, population, run, step
+from tinylm.train.batch import Batch
+
+CONFIG = ModelConfig(V=64, D=16, L=2, H=2, T=16)
+XLAS = machine.Plan(devices=2, micro=2)
+OURS = dataclasses.replace(XLAS, onednn=True, native=True)
+cpu = jax.default_backend() == "cpu"
+here = pytest.mark.skipif(not cpu or not library.compiler(machine.cache()),
+                          reason="needs a CPU and a C compiler")
+with_onednn = pytest.mark.skipif(not cpu or not library.onednn(machine.cache()),
+                                 reason="needs a CPU, oneDNN and a C compiler")
+
+
+def program(plan: machine.Plan, members: int = 0):
+    """One step on two devices, compiled, and what it is called with."""
+    settings = optim.OptimConfig(lr=1e-2)
+    tx = optim.optimiser(settings, CONFIG)
+    one = step.make_step(losses.next_token(CONFIG, plan=plan), tx, machine.mesh(2), plan.micro)
+    state = step.start(init(CONFIG, jax.random.key(0)), tx, optim.hyper(settings, 10))
+    tokens = np.random.default_rng(0).integers(0, 64, (8, 17)).astype(np.int32)
+    batch = Batch(jnp.asarray(tokens), jnp.ones((8, 16)))
+    if members:
+        one = population.make_step(one, plan.vmap)
+        state = population.stack([state] * members, members)
+        batch = jax.tree.map(lambda a: jnp.stack([a] * members), batch)
+    return jax.jit(one).lower(state, batch).compile(), (state, batch)
+
+
+@with_onednn
+@pytest.mark.parametrize("members", [0, 2])
+def test_a_step_is_the_one_by_xla_on_two_devices_and_of_a_population(members):
+    (mine, given), (theirs, _) = program(XLAS, members), program(OURS, members)
+    calls = re.findall(r'custom_call_target="tinylm_(\w+)"', theirs.as_text())
+    wanted = dict.fromkeys(library.PRODUCTS, 7 * CONFIG.L) | {
+        "mix": CONFIG.L, "mix_back": CONFIG.L, "entropy": 1}
+    assert {name: calls.count(name) for name in set(calls)} == wanted
+    assert "tinylm_" not in mine.as_text()
+    (after, told), (wanted, expected) = theirs(*given), mine(*given)
+    np.testing.assert_allclose(told["grad_norm"], expected["grad_norm"], rtol=1e-5)
+    np.testing.assert_allclose(told["nats_per_token"], expected["nats_per_token"], rtol=1e-6)
+    for got, true in zip(jax.tree.leaves(after.params), jax.tree.leaves(wanted.params),
+                         strict=True):
+        np.testing.assert_allclose(got, true, atol=2e-4)  # Adam's first steps divide by |g|
+
+
+@here
+def test_the_same_step_has_the_same_bits_each_time():
+    made, given = program(OURS)
+    first, second = (jax.tree.leaves(made(*given)) for _ in range(2))
+    for one, other in zip(first, second, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@here
+@pytest.mark.parametrize(("B", "T", "H", "G", "K"), [
+    (2, 64, 2, 2, 32), (1, 1, 1, 1, 2), (3, 77, 4, 2, 12), (1, 130, 3, 1, 6), (2, 33, 2, 2, 64)])
+@pytest.mark.parametrize("size", [1.0, 8.0])
+def test_attention_and_its_gradient_are_those_by_xla(B, T, H, G, K, size):
+    draw = np.random.default_rng(T)
+    q, k, v, dy = (jnp.asarray(draw.normal(size=(B, T, n, K)), jnp.float32) * scale
+                   for n, scale in ((H, size), (G, size), (G, 1), (H, 1)))
+
+    def ours(q, k, v):
+        assert all(library.register(machine.cache(), name) for name in ("mix", "mix_back"))
+        return attention.by_native(q, k, v)
+
+    def by_xla(q, k, v):
+        return attention.attend(q, *(a.transpose(0, 2, 1, 3) for a in (k, v)),
+                                np.tri(T, dtype=bool)[None])
+
+    got, true = (jax.jit(lambda q, k, v, dy, f=f: (jax.vjp(f, q, k, v)[0], jax.vjp(
+        f, q, k, v)[1](dy)))(q, k, v, dy) for f in (ours, by_xla))
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(true), strict=True):
+        most = max(1, np.abs(other).max()) * size**2  # of which order the scores are, rounded
+        np.testing.assert_allclose(one, other, rtol=0, atol=2e-6 * most)
+
+
+@here
+@pytest.mark.parametrize(("B", "T", "D", "V"), [(2, 64, 16, 256), (1, 5, 12, 77), (3, 33, 70, 300),
+                                                (1, 1, 2, 1)])
+@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
+def test_cross_entropy_and_its_gradient_are_those_of_logits(B, T, D, V, z_loss):
+    draw = np.random.default_rng(D)
+    x, table = (jnp.asarray(draw.normal(size=shape), jnp.float32)
+                for shape in ((B, T, D), (V, D)))
+    targets = jnp.asarray(draw.integers(0, V, (B, T)), jnp.int32)
+    weights = jnp.asarray(draw.random((B, T)) * draw.integers(0, 2, (B, T)), jnp.float32)
+    assert library.register(machine.cache(), "entropy")
+
+    def by_logits(x, table):
+        each, logz = losses.nll(jnp.einsum("btd,vd->btv", x, table), targets)
+        return jnp.sum(weights * (each + z_loss * logz**2)), jnp.sum(weights * each)
+
+    def ours(x, table):
+        return cross_entropy(x, table, targets, weights, z_loss)
+
+    got, true = (jax.jit(jax.value_and_grad(lambda x, table, f=f: (3 * f(x, table)[0], f(
+        x, table)[1]), argnums=(0, 1), has_aux=True))(x, table) for f in (ours, by_logits))
+    np.testing.assert_allclose(got[0], true[0], rtol=2e-6, atol=1e-6)
+    for one, other in zip(got[1], true[1], strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=3e-6 * max(1, np.abs(other).max()))
+
+
+@here
+@pytest.mark.parametrize("broken", [np.nan, np.inf])
+def test_what_is_no_number_stays_none(broken):
+    x = jnp.ones((1, 40, 1, 16)).at[0, 3, 0, 5].set(broken)
+    assert all(library.register(machine.cache(), name) for name in library.OURS)
+    mixed = attention.by_native(x, jnp.ones_like(x), jnp.ones_like(x))
+    assert np.isnan(mixed[0, 3]).all() and np.isfinite(mixed[0, 4]).all()
+    targets = jnp.zeros((1, 40), jnp.int32)
+    for total in (cross_entropy(x[:, :, 0], jnp.ones((9, 16)), targets, jnp.ones((1, 40))),
+                  cross_entropy(jnp.ones((1, 40, 16)), jnp.ones((9, 16)), targets.at[0, 7].set(9),
+                                jnp.ones((1, 40)))):
+        assert np.isnan(total).all()
+
+
+@pytest.mark.parametrize("lacking", ["package", "compiler", "room"])
+def test_without_it_a_plan_leaves_products_to_xla(lacking, tmp_path, monkeypatch):
+    kept = tmp_path / "cache"
+    match lacking:
+        case "package":
+            monkeypatch.setattr(library, "PACKAGE", "no-such-package")
+        case "compiler":
+            monkeypatch.setenv("CC", "no-such-compiler")
+        case "room":
+            kept.write_text("a file where a folder is to be")
+    monkeypatch.setattr(machine, "cache", lambda: kept)
+    assert library.onednn(kept) == "" == machine.environment()["onednn"]
+    assert (library.compiler(kept) == "") == (lacking != "package" or not cpu)
+    plan = machine.plan_for(8, 16, 16, "cpu", 2)
+    assert (plan.onednn, plan.native) == (False, bool(library.compiler(kept)))
+    x, w, by = jnp.ones((1, 4, 16)), jnp.ones((16, 8)), Arithmetic(onednn=True)
+    text = str(jax.make_jaxpr(lambda x, w: product("btd,df->btf", x, w, by))(x, w))
+    assert "tinylm_" not in text and "dot_general" in text
+    if not plan.native:
+        given = init(CONFIG, jax.random.key(0)), Batch(jnp.zeros((2, 17), jnp.int32),
+                                                       jnp.ones((2, 16)))
+        assert "tinylm_" not in str(jax.make_jaxpr(losses.next_token(CONFIG, plan=OURS))(*given))
+
+
+@here
+def test_a_plan_takes_it_on_a_cpu_only_and_it_is_compiled_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "cache", lambda: tmp_path)
+    assert machine.plan_for(8, 16, 16, "cpu", 2).native
+    built, = (tmp_path / "native").iterdir()
+    before = built.stat().st_mtime_ns
+    library._built(tmp_path)
+    assert [(p, p.stat().st_mtime_ns) for p in (tmp_path / "native").iterdir()] == [
+        (built, before)]
+    whole = built.read_bytes()
+    built.unlink()  # it is loaded: its bytes stay
+    built.write_bytes(whole[:3000])  # as a machine that lost its power may leave it
+    assert library._built(tmp_path).read_bytes()[:4] == b"\x7fELF"
+    assert len(library._built(tmp_path).read_bytes()) == len(whole)
+    gpu = machine.plan_for(8, 16, 16, "gpu", 2)
+    assert not gpu.onednn and not gpu.native
+
+
+@here
+def test_another_processor_compiles_anew(tmp_path, monkeypatch):
+    library._built(tmp_path)
+    monkeypatch.setattr(library, "instructions", lambda: "another")
+    library._built(tmp_path)
+    assert len(list((tmp_path / "native").iterdir())) == 2
+
+
+@pytest.mark.parametrize("asked", [True, False])
+@pytest.mark.parametrize("part", ["onednn", "native"])
+def test_a_run_that_uses_it_is_bound_to_its_version(part, asked, tmp_path, monkeypatch):
+    plan = dataclasses.replace(machine.PLAIN, **{part: asked})
+
+    def settle():
+        return run.settle(tmp_path / "run", optim.OptimConfig(), "pretrain", plan, tmp_path)
+
+    settle()
+    true = machine.environment()
+    monkeypatch.setattr(machine, "environment", lambda: {**true, part: "9.9"})
+    if not asked:
+        assert settle() == plan
+        return
+    with pytest.raises(BadInput, match=rf"{part}=.* this is {part}='9.9'.*tinylm adopt"):
+        settle()
+    run.adopt(tmp_path / "run")
+    assert settle() == plan
