@@ -1,7 +1,7 @@
 """Does the rule that plans a run pick the fastest plan on this machine, and would measuring pay?
 
 question   By width, on one pinned core as a sweep's worker has it: how many tokens a second do
-           micro-batches of 1 to 8 sequences, scanned layers, XLA's attention and loss, and all by
+           micro-batches of 1 to 4 sequences, scanned layers, XLA's attention and loss, and all by
            XLA (where the rule calls C) give, what does compiling each cost, and how much slower
            than the best is what `machine.plan_for` picks?
 command    python experiments/plan_choice.py --results experiments/results
@@ -31,7 +31,7 @@ from tinylm import bench  # noqa: E402
 from tinylm.look import progress  # noqa: E402
 from tinylm.sweep.presets import LAPTOP  # noqa: E402
 
-PLANS = {"1": {"micro": 1}, "2": {"micro": 2}, "4": {"micro": 4}, "8": {"micro": 8},
+PLANS = {"1": {"micro": 1}, "2": {"micro": 2}, "4": {"micro": 4},
          "4 scanned": {"micro": 4, "unroll": False}, "without our C": {"native": False},
          "by XLA": {"onednn": False, "native": False}}
 """beside the rule's plan: what is changed of it"""
