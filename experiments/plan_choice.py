@@ -32,8 +32,9 @@ from tinylm.look import progress  # noqa: E402
 from tinylm.sweep.presets import LAPTOP  # noqa: E402
 
 PLANS = {"1": {"micro": 1}, "2": {"micro": 2}, "4": {"micro": 4},
-         "4 scanned": {"micro": 4, "unroll": False}, "without our C": {"native": False},
-         "by XLA": {"onednn": False, "native": False}}
+         "scanned": {"unroll": False}, "without our C": {"native": False},
+         "1 by XLA": {"micro": 1, "onednn": False, "native": False},
+         "2 by XLA": {"micro": 2, "onednn": False, "native": False}}
 """beside the rule's plan: what is changed of it"""
 
 
@@ -69,11 +70,12 @@ def main(args: Args) -> int:
             compiled[name] = time.perf_counter() - began
         found = bench.interleaved(tasks, args.rounds)
         best = max(found, key=lambda name: found[name].median)
+        by_xla = max(found["1 by XLA"].median, found["2 by XLA"].median)
         lost = 1 - found[str(rule.micro)].median / found[best].median
         summary[str(width)] = {"rule": str(rule.micro), "onednn": rule.onednn,
                                "native": rule.native, "best": best,
                                "lost_share": lost, "over_xla": found[str(rule.micro)].median
-                               / found["by XLA"].median, "compile_seconds": sum(compiled.values())}
+                               / by_xla, "compile_seconds": sum(compiled.values())}
         table += [(width, name, r.median, r.low, r.high, compiled[name])
                   for name, r in found.items()]
         progress.say(f"D={width}: best {best}, the rule {rule.micro} is {lost:.1%} slower, "
