@@ -43,7 +43,7 @@ static inline Ints seen_by(int64_t t, int64_t n) {
   return key <= (int32_t)(t - n);
 }
 
-/* Turn a row of scores into weights, 0 from key `end` on is for others to write; give their sum. */
+/* Turn the first `end` scores of query t's row into weights, 0 after t; give their sum. */
 static float weigh(float *row, int64_t t, int64_t end, float *largest) {
   Floats most = all(-INFINITY), sum = {0};
   for (int64_t n = 0; n <= t; n += LANES)
