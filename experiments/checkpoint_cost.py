@@ -78,7 +78,7 @@ def main(args: Args) -> int:
 
 def timed(args: Args, model, rows: int, data: Dataset) -> dict:
     """Give what a save costs a shape, by pair of blocks, and the rate of verifying one."""
-    plan = machine.plan_for(rows, model.T, model.D, *machine.survey())
+    plan = machine.plan_for(rows, model.T, model.D, model.compute, *machine.survey())
     place, one = args.out / "run", dataclasses.replace(plan, chunk=1)
     ends = train(place, model, rows, data, one, 8)  # the first compiles
     block = math.ceil(args.block / (ends[8] - ends[4]) * 4)

@@ -52,8 +52,8 @@ def main(args: Args) -> int:
     """Time, audit the memory, print."""
     models = {f"{name} {compute}": replace(model(name), compute=compute)
               for name in args.shapes for compute in ("f32", "bf16")}
-    plans = {name: machine.plan_for(ROWS, m.T, m.D, *machine.survey()) for name, m in
-             models.items()}
+    plans = {name: machine.plan_for(ROWS, m.T, m.D, m.compute, *machine.survey())
+             for name, m in models.items()}
     trainers = {name: bench.Trainer(m, plans[name], drawn(m, ROWS)) for name, m in models.items()}
     tasks = {name: functools.partial(trainer.rate, args.seconds)
              for name, trainer in trainers.items()}

@@ -216,7 +216,7 @@ def small(data: Any, steps: int, seed: int = 0) -> PretrainConfig:
 
 def brief(size: int) -> machine.Plan:
     """Give the plan of such runs: short chunks, so that a stop lies between checkpoints."""
-    plan = machine.plan_for(8, 32, 16, jax.default_backend(), 1)
+    plan = machine.plan_for(8, 32, 16, "f32", jax.default_backend(), 1)
     return replace(plan, chunk=4, checkpoint_every=8, population=size)
 
 
@@ -269,8 +269,9 @@ def large(sizes: Sizes, batch: int, remat: bool, scanned: bool,
           rows: list[dict[str, Any]]) -> Found:
     """Time the 124M model's step; give its share of the measured bf16 rate."""
     config = sizes.large
-    plan = replace(machine.plan_for(batch, config.T, config.D, jax.default_backend(), 1),
-                   micro=batch, remat=remat, unroll=not scanned)
+    plan = replace(machine.plan_for(batch, config.T, config.D, config.compute,
+                                    jax.default_backend(), 1), micro=batch, remat=remat,
+                   unroll=not scanned)
     tokens = np.random.default_rng(0).integers(0, config.V, (8, batch, config.T + 1))
     rate = bench.Trainer(config, plan, tokens).rate
     rate(0.0)

@@ -98,7 +98,7 @@ def train(folder: Path, runs: list[PretrainConfig], data) -> list[tuple]:
 def slower(model: ModelConfig) -> float:
     """Give how many times longer a step takes with Muon, both timed in turn on one device."""
     rows = LAPTOP.batch // model.T
-    plan = machine.plan_for(rows, model.T, model.D, machine.survey()[0], 1)
+    plan = machine.plan_for(rows, model.T, model.D, model.compute, machine.survey()[0], 1)
     drawn = np.random.default_rng(0).integers(0, model.V, (4, rows, model.T + 1))
     tasks = {kind: functools.partial(bench.Trainer(model, plan, drawn, OptimConfig(kind=kind)).rate,
                                      SECONDS) for kind in KINDS}

@@ -151,7 +151,7 @@ def optimised(args: Args, place: Path, pairs: int, seed: int, asked: list[tasks.
         optim=OptimConfig(lr=args.policy_lr, decay=1.0), rollouts=args.rollouts, seed=seed,
         budget=args.budget, beta=args.policy_beta, model=model, judge=kept["id"],
         parent=folders.finished(args.sft)["id"], data_id=policies.prompts_id(prompts))
-    plan = machine.plan_for(config.prompts, model.T, model.D, *machine.survey())
+    plan = machine.plan_for(config.prompts, model.T, model.D, model.compute, *machine.survey())
     out = args.out / f"grpo-{folder.name}"
     policies.policy(out, config, args.sft, prompts, judge, tokens, plan, watch=lambda rolled, who: (
         suite.golds([asked[i] for i in who], suite.texts(rolled, learnt), rolled.ended,
@@ -173,7 +173,7 @@ def selected(args: Args, place: Path, pairs: int, seed: int, rankings: pool.Pool
     config = RewardConfig(model, OptimConfig(lr=1e-3, decay=1.0), folders.finished(place)["id"],
                           f"{train.id}{held.id}", max(1, round(args.epochs * pairs / rows)), rows,
                           ceiling=ceiling, seed=seed)
-    plan = machine.plan_for(rows, model.T, model.D, *machine.survey())
+    plan = machine.plan_for(rows, model.T, model.D, model.compute, *machine.survey())
     folder = args.out / f"{place.name}-{pairs}-{seed}"
     record = reward(folder, config, place, train, held, tokens.tokenizer_id, tokens.folder.parent,
                     plan)

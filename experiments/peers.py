@@ -220,10 +220,10 @@ def decoding(args, model, shape) -> dict[str, Any]:
 def losses(args, name, data, model, shape, rows, paths) -> dict[str, Any]:
     """Give held-out nats a token after the same batches, each side with its own schedule."""
     tokens, ours = args.steps * rows * model.T, {}
-    plan = machine.plan_for(rows, model.T, model.D, *machine.survey())
     for way, compute in OURS.items():
         config = PretrainConfig(in_type(model, compute), OptimConfig(lr=LAPTOP.rule(tokens)),
                                 args.steps, rows * model.T, 0, data.id)
+        plan = machine.plan_for(rows, model.T, model.D, compute, *machine.survey())
         record = pretrain(args.out / name / f"run-{args.steps}-{compute}", config, data, plan)
         ours[way] = record["loss"]["nats_per_token"]
     with bench.Crew(peers(args, 1)) as theirs:

@@ -58,7 +58,7 @@ def main(args: Args) -> int:
     rows, table, summary = LAPTOP.batch // LAPTOP.base.T, [], {}
     for width in args.widths:
         model = replace(LAPTOP.base, V=args.V, D=width)
-        rule = machine.plan_for(rows, model.T, width, "cpu", 1)
+        rule = machine.plan_for(rows, model.T, width, model.compute, "cpu", 1)
         drawn = np.random.default_rng(0).integers(0, args.V, (4, rows, model.T + 1))
         tasks, compiled = {}, {}
         for name, dials in PLANS.items():

@@ -94,7 +94,7 @@ def row(args: Args, base: PretrainConfig, record: dict, packed: list[sft.Packed]
     place, model = args.out / "base" / cells.name(base), base.model
     config = sft.SftConfig(model, LAPTOP.sft, record["id"], sft.conversations_id(*packed),
                            args.steps, replay=LAPTOP.replay, seed=base.seed, probe_every=0)
-    plan = machine.plan_for(config.rows, model.T, model.D, *machine.survey())
+    plan = machine.plan_for(config.rows, model.T, model.D, model.compute, *machine.survey())
     with progress.bar(f"tuning {place.name}", args.steps) as event:
         tuned = sft.sft(args.out / "tuned" / place.name, config, place, *packed, data, plan, event)
     params = checkpoint.final_params(args.out / "tuned" / place.name, model)

@@ -187,7 +187,7 @@ def close(out: Path, score: forecast.Score) -> None:
 
 def plan_of(rows: int, model: ModelConfig) -> machine.Plan:
     """Plan a run that has the machine to itself."""
-    return machine.plan_for(rows, model.T, model.D, *machine.survey())
+    return machine.plan_for(rows, model.T, model.D, model.compute, *machine.survey())
 
 
 def run(folder: Path, configs: list[PretrainConfig], data: Dataset) -> list[dict]:

@@ -16,7 +16,7 @@ from tinylm.train.step import check_rows
 def test_every_plan_divides_its_batch_and_uses_the_devices_that_can():
     for rows, T, D, (backend, count) in itertools.product(
             (1, 3, 4, 7, 16, 512), (32, 128, 256), (8, 40, 512), (("cpu", 2), ("gpu", 4))):
-        plan = machine.plan_for(rows, T, D, backend, count)
+        plan = machine.plan_for(rows, T, D, "f32", backend, count)
         check_rows(rows, plan.devices, plan.micro)
         assert not [d for d in range(plan.devices + 1, count + 1) if rows % d == 0]
         assert backend == "gpu" or plan.micro <= 2 or plan.micro * T <= 1024
@@ -33,8 +33,10 @@ def test_a_cpu_holds_as_many_sequences_at_once_as_were_fastest(monkeypatch, jax,
     monkeypatch.setattr(machine.importlib.metadata, "version", {"jax": jax}.get)
     monkeypatch.setattr(library, "compiler", lambda kept: native)
     monkeypatch.setattr(library, "onednn", lambda kept: "")
-    plan = machine.plan_for(32, T, D, "cpu", 2)
-    assert plan.micro == at_once[bool(native)] and plan.native == bool(native)
+    for compute in ("f32", "bf16"):
+        plan = machine.plan_for(32, T, D, compute, "cpu", 2)
+        assert plan.micro == at_once[bool(native) and compute == "f32"]
+        assert plan.native == bool(native)
 
 
 @pytest.mark.parametrize(("rows", "devices", "words"), [
@@ -42,7 +44,7 @@ def test_a_cpu_holds_as_many_sequences_at_once_as_were_fastest(monkeypatch, jax,
     (0, 0, "rows=0")])
 def test_an_impossible_plan_is_refused_in_words(rows, devices, words):
     with pytest.raises(BadInput, match=words):
-        machine.plan_for(rows, 128, 64, "cpu", 2, devices)
+        machine.plan_for(rows, 128, 64, "f32", "cpu", 2, devices)
 
 
 @pytest.mark.parametrize(("told", "devices"), [("", 3), ("1", 1), ("2", 2), ("64", 3)])

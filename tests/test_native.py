@@ -1,6 +1,7 @@
 """Our C and oneDNN: called by XLA where a plan says so, the same values, and XLA without them."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -10,8 +11,9 @@ import pytest
 
 from tinylm import machine
 from tinylm.config import BadInput
-from tinylm.model import attention
+from tinylm.model import attention, block
 from tinylm.model.decoder import ModelConfig, init
+from tinylm.model.embedding import RMSNorm, rotate, rotation
 from tinylm.model.entropy import cross_entropy
 from tinylm.model.product import Arithmetic, product
 from tinylm.native import library
@@ -49,7 +51,8 @@ def test_a_step_is_the_one_by_xla_on_two_devices_and_of_a_population(members):
     (mine, given), (theirs, _) = program(XLAS, members), program(OURS, members)
     calls = re.findall(r'custom_call_target="tinylm_(\w+)"', theirs.as_text())
     wanted = dict.fromkeys(library.PRODUCTS, 7 * CONFIG.L) | {
-        "mix": CONFIG.L, "mix_back": CONFIG.L, "entropy": 1}
+        "entropy": 1} | {name: CONFIG.L * times + (times == 2) for name, times in {
+            "mix": 1, "mix_back": 1, "gate": 1, "gate_back": 1, "norm": 2, "norm_back": 2}.items()}
     assert {name: calls.count(name) for name in set(calls)} == wanted
     assert "tinylm_" not in mine.as_text()
     (after, told), (wanted, expected) = theirs(*given), mine(*given)
@@ -70,26 +73,80 @@ def test_the_same_step_has_the_same_bits_each_time():
 
 @here
 @pytest.mark.parametrize(("B", "T", "H", "G", "K"), [
-    (2, 64, 2, 2, 32), (1, 1, 1, 1, 2), (3, 77, 4, 2, 12), (1, 130, 3, 1, 6), (2, 33, 2, 2, 64)])
-@pytest.mark.parametrize("size", [1.0, 8.0])
-def test_attention_and_its_gradient_are_those_by_xla(B, T, H, G, K, size):
+    (2, 64, 2, 2, 32), (1, 1, 1, 1, 2), (3, 77, 4, 2, 12), (1, 130, 3, 1, 6), (2, 33, 2, 2, 40)])
+@pytest.mark.parametrize("gain", [1.0, 3.0])
+@pytest.mark.parametrize("packed", [False, True])
+def test_attention_and_its_gradient_are_those_by_xla(B, T, H, G, K, gain, packed):
     draw = np.random.default_rng(T)
-    q, k, v, dy = (jnp.asarray(draw.normal(size=(B, T, n, K)), jnp.float32) * scale
-                   for n, scale in ((H, size), (G, size), (G, 1), (H, 1)))
+    q, k, v, dy, q_gain, k_gain, smear = (
+        jnp.asarray(draw.normal(size=shape), jnp.float32) * size for shape, size in (
+            ((B, T, H, K), 1), ((B, T, G, K), 5), ((B, T, G, K), 1), ((B, T, H, K), 1),
+            ((K,), gain), ((K,), gain), ((G, K), 1)))
+    begin = np.zeros((1, T), int)
+    if packed:
+        fresh = draw.random((B, T)) < .05
+        begin = jnp.asarray(np.maximum.accumulate(np.where(fresh, np.arange(T), 0), axis=1))
+    turn = rotation(np.arange(T)[None] - begin, T, K, 100.0)
+    assert all(library.register(machine.cache(), name) for name in ("mix", "mix_back"))
 
-    def ours(q, k, v):
-        assert all(library.register(machine.cache(), name) for name in ("mix", "mix_back"))
-        return attention.by_native(q, k, v)
+    def ours(*given):
+        return attention.by_native(*given, turn, begin)
 
-    def by_xla(q, k, v):
-        return attention.attend(q, *(a.transpose(0, 2, 1, 3) for a in (k, v)),
-                                np.tri(T, dtype=bool)[None])
+    def by_xla(q, k, v, q_gain, k_gain, smear):
+        made = attention.Attention(H * K, H, G, K, True, (), Arithmetic(), jnp.ones)
+        made.q_norm.weight[...], made.k_norm.weight[...], made.k_smear[...] = q_gain, k_gain, smear
+        sight = attention.sight_from(begin)
+        keys = made.smeared(rotate(made.k_norm(k), turn).transpose(0, 2, 1, 3), sight.follows)
+        return attention.attend(rotate(made.q_norm(q), turn), keys, v.transpose(0, 2, 1, 3),
+                                sight.visible)
 
-    got, true = (jax.jit(lambda q, k, v, dy, f=f: (jax.vjp(f, q, k, v)[0], jax.vjp(
-        f, q, k, v)[1](dy)))(q, k, v, dy) for f in (ours, by_xla))
+    with jax.default_matmul_precision("highest"):
+        got, true = (jax.jit(lambda dy, *given, f=f: (lambda y, back: (y, back(dy)))(
+            *jax.vjp(f, *given)))(dy, q, k, v, q_gain, k_gain, smear) for f in (ours, by_xla))
     for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(true), strict=True):
-        most = max(1, np.abs(other).max()) * size**2  # of which order the scores are, rounded
-        np.testing.assert_allclose(one, other, rtol=0, atol=2e-6 * most)
+        most = max(1, np.abs(other).max()) * gain**2  # of which order the scores are, rounded
+        np.testing.assert_allclose(one, other, rtol=0, atol=3e-6 * most)
+
+
+@here
+@pytest.mark.parametrize("shape", [(2, 5, 48), (1, 3, 7), (3, 1, 1), (2, 2, 130)])
+def test_norm_and_gate_and_their_gradients_are_those_by_xla(shape):
+    draw = np.random.default_rng(0)
+    x, up, dy = (jnp.asarray(draw.normal(size=shape) * 4, jnp.float32) for _ in range(3))
+    gain = jnp.asarray(draw.normal(size=shape[-1]), jnp.float32)
+
+    def normed(by, x, gain):
+        made = RMSNorm(gain.shape, by)
+        made.weight[...] = gain
+        return made(x)
+
+    def gated(by, gate, up):
+        return block.gated(gate, up, by)
+
+    for f, given in ((normed, (x, gain)), (gated, (x, up)), (gated, (x * 30, up))):
+        got, true = (jax.jit(lambda dy, *given, f=f, by=by: (lambda y, back: (y, back(dy)))(
+            *jax.vjp(functools.partial(f, by), *given))).lower(dy, *given).compile()
+            for by in (Arithmetic(native=True), Arithmetic()))
+        assert got.as_text().count("tinylm_") == 2 and "tinylm_" not in true.as_text()
+        for one, other in zip(jax.tree.leaves(got(dy, *given)), jax.tree.leaves(true(dy, *given)),
+                              strict=True):
+            most = max(1, np.abs(other).max())
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=2e-6 * most)
+
+
+@here
+def test_a_packed_step_calls_it_and_is_the_one_by_xla():
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 64, (4, 17)), jnp.int32)
+    numbers = jnp.asarray(np.sort(np.random.default_rng(1).integers(0, 3, (4, 17)), axis=1))
+    batch = Batch(tokens, jnp.ones((4, 16)), numbers)
+    params = init(CONFIG, jax.random.key(0), 5.0)
+    mine, theirs = (jax.jit(jax.value_and_grad(
+        losses.next_token(CONFIG, plan=plan), has_aux=True)).lower(params, batch).compile()
+        for plan in (OURS, XLAS))
+    assert "tinylm_mix_back" in mine.as_text() and "tinylm_" not in theirs.as_text()
+    for one, other in zip(jax.tree.leaves(mine(params, batch)),
+                          jax.tree.leaves(theirs(params, batch)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-6 * np.abs(other).max())
 
 
 @here
@@ -123,7 +180,10 @@ def test_cross_entropy_and_its_gradient_are_those_of_logits(B, T, D, V, z_loss):
 def test_what_is_no_number_stays_none(broken):
     x = jnp.ones((1, 40, 1, 16)).at[0, 3, 0, 5].set(broken)
     assert all(library.register(machine.cache(), name) for name in library.OURS)
-    mixed = attention.by_native(x, jnp.ones_like(x), jnp.ones_like(x))
+    gain = jnp.ones(16)
+    index = np.arange(40)[None]
+    mixed = attention.by_native(x, jnp.ones_like(x), jnp.ones_like(x), gain, gain, gain[None],
+                                rotation(index, 40, 16, 100.0), np.zeros_like(index))
     assert np.isnan(mixed[0, 3]).all() and np.isfinite(mixed[0, 4]).all()
     targets = jnp.zeros((1, 40), jnp.int32)
     for total in (cross_entropy(x[:, :, 0], jnp.ones((9, 16)), targets, jnp.ones((1, 40))),
@@ -145,7 +205,7 @@ def test_without_it_a_plan_leaves_products_to_xla(lacking, tmp_path, monkeypatch
     monkeypatch.setattr(machine, "cache", lambda: kept)
     assert library.onednn(kept) == "" == machine.environment()["onednn"]
     assert (library.compiler(kept) == "") == (lacking != "package" or not cpu)
-    plan = machine.plan_for(8, 16, 16, "cpu", 2)
+    plan = machine.plan_for(8, 16, 16, "f32", "cpu", 2)
     assert (plan.onednn, plan.native) == (False, bool(library.compiler(kept)))
     x, w, by = jnp.ones((1, 4, 16)), jnp.ones((16, 8)), Arithmetic(onednn=True)
     text = str(jax.make_jaxpr(lambda x, w: product("btd,df->btf", x, w, by))(x, w))
@@ -159,7 +219,7 @@ def test_without_it_a_plan_leaves_products_to_xla(lacking, tmp_path, monkeypatch
 @here
 def test_a_plan_takes_it_on_a_cpu_only_and_it_is_compiled_once(tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "cache", lambda: tmp_path)
-    assert machine.plan_for(8, 16, 16, "cpu", 2).native
+    assert machine.plan_for(8, 16, 16, "f32", "cpu", 2).native
     built, = (tmp_path / "native").iterdir()
     before = built.stat().st_mtime_ns
     library._built(tmp_path)
@@ -170,7 +230,7 @@ def test_a_plan_takes_it_on_a_cpu_only_and_it_is_compiled_once(tmp_path, monkeyp
     built.write_bytes(whole[:3000])  # as a machine that lost its power may leave it
     assert library._built(tmp_path).read_bytes()[:4] == b"\x7fELF"
     assert len(library._built(tmp_path).read_bytes()) == len(whole)
-    gpu = machine.plan_for(8, 16, 16, "gpu", 2)
+    gpu = machine.plan_for(8, 16, 16, "f32", "gpu", 2)
     assert not gpu.onednn and not gpu.native
 
 

@@ -264,8 +264,8 @@ def serve() -> None:
         key = canonical([model, rows, tokens])
         if key not in held:
             config = from_json(ModelConfig, model)
-            plan = machine.plan_for(rows, config.T, config.D, jax.default_backend(),
-                                    jax.device_count())
+            plan = machine.plan_for(rows, config.T, config.D, config.compute,
+                                    jax.default_backend(), jax.device_count())
             drawn = np.load(tokens) if tokens else np.random.default_rng(0).integers(
                 0, config.V, (4, rows, config.T + 1))
             held[key] = Trainer(config, plan, drawn)
@@ -308,7 +308,7 @@ def _populated(config: ModelConfig, size: int, tokens: int) -> tuple[machine.Pla
     """Give the plan and the random batches of a population on one device."""
     asked = PretrainConfig(config, batch=tokens)
     plan = packing.fitting(asked, machine.plan_for(
-        asked.rows, config.T, config.D, jax.default_backend(), 1), size, _memory())
+        asked.rows, config.T, config.D, config.compute, jax.default_backend(), 1), size, _memory())
     if plan.population != size:
         raise BadInput(f"{size} members of width {config.D} do not fit {_memory():.3g} bytes; "
                        "choose fewer")

@@ -50,7 +50,7 @@ class Workshop:
         """Bind a new run to many checkpoints, as its own plan would not at this size."""
         out, rows = self.folder / name, {"train": 2, "sft": 16, "grpo": 4}.get(command[0])
         if rows:
-            plan = machine.plan_for(rows, 32, 8, "cpu", 2)
+            plan = machine.plan_for(rows, 32, 8, "f32", "cpu", 2)
             every = dataclasses.replace(plan, chunk=16, checkpoint_every=32)
             files.write_json(out / "plan.json", dataclasses.asdict(every))
         return tuple(name if word == "OUT" else word for word in command)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, ArrayLike, Bool, Float
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from tinylm.model.embedding import Draw, RMSNorm, Rotation, param, rotate
 from tinylm.model.product import FULL, Arithmetic, can_call, foreign, product
@@ -33,6 +33,25 @@ class KeyValue(NamedTuple):
     """the newest key before it was smeared"""
 
 
+class Sight(NamedTuple):
+    """What T positions see of S."""
+
+    visible: Bool[ArrayLike, "#B T S"]
+    follows: Bool[ArrayLike, "#B T"]
+    """where a token has one before it in its sequence"""
+    begin: Int[ArrayLike, "#B T"] | None = None
+    """where T are S, and each sees all from its begin, never less than the last one's, to itself"""
+
+
+def sight_from(begin: Int[ArrayLike, "#B T"]) -> Sight:
+    """Let each position see what lies between its begin and itself (numpy: known beforehand)."""
+    index = np.arange(begin.shape[1])
+    causal = index[:, None] >= index
+    if isinstance(begin, np.ndarray) and not begin.any():
+        return Sight(causal[None], index[None] > 0, begin)
+    return Sight(causal & (index >= begin[:, :, None]), index > begin, begin)
+
+
 def empty(B: int, G: int, S: int, K: int) -> KeyValue:
     """Give a cache of S positions that holds nothing yet."""
     return KeyValue(*(jnp.zeros((B, G, some, K)) for some in (S, S, 1)))
@@ -48,47 +67,60 @@ class Attention(nnx.Module):
         self.k_proj = param(draw, (*stack, D, G, K), D**-0.5)
         self.v_proj = param(draw, (*stack, D, G, K), D**-0.5)
         self.o_proj = nnx.Param(jnp.zeros((*stack, H, K, D), jnp.float32))
-        self.q_norm = RMSNorm((*stack, K))
-        self.k_norm = RMSNorm((*stack, K))
+        self.q_norm = RMSNorm((*stack, K), by)
+        self.k_norm = RMSNorm((*stack, K), by)
         self.k_smear = nnx.Param(jnp.zeros((*stack, G, K), jnp.float32)) if smear else None
 
     def __call__(
         self,
         x: Float[Array, "B T D"],
         turn: Rotation,
-        visible: Bool[ArrayLike, "#B T S"],
-        follows: Bool[ArrayLike, "#B T"],
+        sight: Sight,
         cache: KeyValue | None = None,
         start: Array | int = 0,
         fused: int | None = None,
-    ) -> tuple[Float[Array, "B T D"], KeyValue]:
+    ) -> tuple[Float[Array, "B T D"], KeyValue | None]:
         """Attend from x to itself, or to the cache with x's keys written at `start`.
 
-        `follows` is where a token has one before it in its sequence. `fused`, the layer's number,
-        takes the library's attention (see `by_library`) instead of ours.
+        `fused`, the layer's number, takes the library's attention (see `by_library`) instead of
+        ours. Our C keeps no keys, so a plan that wants it gives None for them.
         """
+        if (self.by.native and self.by.dtype == FULL and sight.begin is not None
+                and fused is None and can_call(("mix", "mix_back"))):
+            smear = jnp.zeros(self.k_proj[...].shape[-2:]) if self.k_smear is None else (
+                self.k_smear[...])
+            mixed = by_native(*self.heads(x), self.q_norm.weight[...], self.k_norm.weight[...],
+                              smear, turn, sight.begin)
+            return self.out(mixed), None
         q, k, v = self.project(x, turn)
         last = k[:, :, -1:]
-        k = self.smeared(k, follows, None if cache is None else cache.last)
+        k = self.smeared(k, sight.follows, None if cache is None else cache.last)
         if cache is not None:
             k = jax.lax.dynamic_update_slice_in_dim(cache.k, k, start, 2)
             v = jax.lax.dynamic_update_slice_in_dim(cache.v, v, start, 2)
         if fused is not None:
-            mixed = by_library(q, k, v, visible, self.by.dtype, fused)
-        elif (self.by.native and cache is None and _causal(visible)
-              and can_call(self.by, ("mix", "mix_back"))):
-            mixed = by_native(q, *(a.transpose(0, 2, 1, 3) for a in (k, v)))
+            mixed = by_library(q, k, v, sight.visible, self.by.dtype, fused)
         else:
-            mixed = attend(q, k, v, visible, self.by.dtype)
-        out = product("bthk,hkd->btd", mixed, self.o_proj[...], self.by)
-        return out, KeyValue(k, v, last)
+            mixed = attend(q, k, v, sight.visible, self.by.dtype)
+        return self.out(mixed), KeyValue(k, v, last)
+
+    def heads(
+        self, x: Float[Array, "B T D"]
+    ) -> tuple[Float[Array, "B T H K"], Float[Array, "B T G K"], Float[Array, "B T G K"]]:
+        """Give x's queries, keys and values as they are projected."""
+        q, k, v = (product("btd,dnk->btnk", x, w[...], self.by)
+                   for w in (self.q_proj, self.k_proj, self.v_proj))
+        return q, k, v
+
+    def out(self, mixed: Float[Array, "B T H K"]) -> Float[Array, "B T D"]:
+        """Project mixed values back."""
+        return product("bthk,hkd->btd", mixed, self.o_proj[...], self.by)
 
     def project(
         self, x: Float[Array, "B T D"], turn: Rotation
     ) -> tuple[Float[Array, "B T H K"], Float[Array, "B G T K"], Float[Array, "B G T K"]]:
         """Give x's queries and keys, normalised and rotated, and its values."""
-        q, k, v_BTGK = (product("btd,dnk->btnk", x, w[...], self.by)
-                        for w in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v_BTGK = self.heads(x)
         k_BTGK = rotate(self.k_norm(k), turn)
         return (rotate(self.q_norm(q), turn), k_BTGK.transpose(0, 2, 1, 3),
                 v_BTGK.transpose(0, 2, 1, 3))
@@ -160,28 +192,36 @@ def by_library(
     return mixed.astype(jnp.float32)
 
 
-@jax.custom_vjp
 def by_native(
-    q: Float[Array, "B T H K"], k: Float[Array, "B T G K"], v: Float[Array, "B T G K"]
+    q: Float[Array, "B T H K"], k: Float[Array, "B T G K"], v: Float[Array, "B T G K"],
+    q_gain: Float[Array, "K"], k_gain: Float[Array, "K"], smear: Float[Array, "G K"],
+    turn: Rotation, begin: Int[ArrayLike, "#B T"],
 ) -> Float[Array, "B T H K"]:
-    """Mix as `attend` does where all that came before is visible, by our C on a CPU.
+    """Mix projected heads by our C on a CPU: norms, rotation and smear are part of it.
 
     No weights are kept (tinylm/native/attention.c).
     """
-    return _native_forward(q, k, v)[0]
+    cos, sin = (jnp.asarray(a)[:, :, 0] for a in turn)
+    return _by_native(q, k, v, q_gain, k_gain, smear, cos, sin, jnp.asarray(begin, jnp.int32))
 
 
-def _native_forward(q, k, v):
+@jax.custom_vjp
+def _by_native(*given):
+    return _native_forward(*given)[0]
+
+
+def _native_forward(*given):
+    q = given[0]
     B, T, H, _ = q.shape
-    mixed, logz = foreign("mix", (q, jax.ShapeDtypeStruct((B, H, T), FULL)), q, k, v)
-    return mixed, (q, k, v, mixed, logz)
+    mixed, logz = foreign("mix", (q, jax.ShapeDtypeStruct((B, H, T), FULL)), *given)
+    return mixed, (*given, mixed, logz)
 
 
 def _native_backward(kept, dy):
-    return tuple(foreign("mix_back", kept[:3], *kept, dy))
+    return *foreign("mix_back", kept[:6], *kept, dy), None, None, None
 
 
-by_native.defvjp(_native_forward, _native_backward)
+_by_native.defvjp(_native_forward, _native_backward)
 
 
 def weigh(

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Integer, Shaped
 
 from tinylm.config import BadInput
-from tinylm.model.attention import weigh
+from tinylm.model.attention import sight_from, weigh
 from tinylm.model.decoder import ModelConfig, Params, rebuild
 from tinylm.model.embedding import rotation
 
@@ -71,15 +71,15 @@ def lens(config: ModelConfig, params: Params,
 @functools.partial(jax.jit, static_argnums=0)
 def _capture(config, params, tokens):
     model, index = rebuild(config, params), np.arange(len(tokens))
-    visible, follows = (index[:, None] >= index[None, :])[None], index[None] > 0
+    sight = sight_from(np.zeros_like(index)[None])
     turn = rotation(index[None], config.T, config.head_width, config.rope_theta)
     x = model.embed_tokens(tokens[None])
     kept, stream = [], [x[0]]
     for block in model.blocks():
         q, k, v = block.self_attn.project(block.input_layernorm(x), turn)
-        k = block.self_attn.smeared(k, follows)
-        weights_HTS = weigh(q, k, visible)[0].reshape(config.H, len(tokens), len(tokens))
+        k = block.self_attn.smeared(k, sight.follows)
+        weights_HTS = weigh(q, k, sight.visible)[0].reshape(config.H, len(tokens), len(tokens))
         kept.append((q[0], k[0], v[0], weights_HTS))
-        x, _ = block(x, turn, visible, follows)
+        x, _ = block(x, turn, sight)
         stream.append(x[0])
     return Insides(*map(jnp.stack, zip(*kept, strict=True)), jnp.stack(stream), model.head(x)[0])

@@ -21,7 +21,7 @@ from tinylm.config import BadInput, require
 from tinylm.laws.accounting import Shape
 from tinylm.machine import PLAIN, Plan
 from tinylm.model import entropy
-from tinylm.model.attention import KeyValue
+from tinylm.model.attention import KeyValue, Sight, sight_from
 from tinylm.model.block import Block
 from tinylm.model.embedding import Cut, Draw, Embedding, RMSNorm, rotation
 from tinylm.model.position_weights import PositionWeights
@@ -120,7 +120,7 @@ class Decoder(nnx.Module):
         self.embed_tokens = Embedding(c.V, c.D, by, draw)
         self.layers = Block(c.D, c.H, c.groups, c.head_width, c.mlp_width, c.smear, (c.L,),
                             by, draw)
-        self.norm = RMSNorm((c.D,))
+        self.norm = RMSNorm((c.D,), by)
         if not c.tied:
             self.lm_head = Embedding(c.V, c.D, by, draw)
 
@@ -149,22 +149,18 @@ class Decoder(nnx.Module):
         `first` numbers the layers from there, apart from another model's in one program (see
         attention.by_library).
         """
-        T, plan = tokens.shape[1], self.plan
-        index = np.arange(T)
-        visible = (index[:, None] >= index[None, :])[None]
-        positions, follows = index[None], index[None] > 0
+        plan, index = self.plan, np.arange(tokens.shape[1])[None]
+        begin = np.zeros_like(index)
         if segments is not None:
-            visible = visible & (segments[:, :, None] == segments[:, None, :])
             fresh = jnp.diff(segments, axis=1, prepend=-1) != 0
-            follows = ~fresh
-            positions = index[None] - jax.lax.cummax(jnp.where(fresh, index[None], 0), axis=1)
-        turn, x = self._begin(tokens, positions)
+            begin = jax.lax.cummax(jnp.where(fresh, index, 0), axis=1)
+        sight, (turn, x) = sight_from(begin), self._begin(tokens, index - begin)
 
         def layer(number: int, x: Float[Array, "B T D"], block: Block) -> Float[Array, "B T D"]:
-            return block(x, turn, visible, follows, fused=number if plan.fused else None)[0]
+            return block(x, turn, sight, fused=number if plan.fused else None)[0]
 
         def meet(number: int, x: Float[Array, "B T D"], block: Block) -> Float[Array, "B T D"]:
-            return block.mix(x, turn, visible, follows, fused=number if plan.fused else None)[0]
+            return block.mix(x, turn, sight, fused=number if plan.fused else None)[0]
 
         layer = jax.checkpoint(layer, static_argnums=0) if plan.remat else layer
         if not plan.unroll and not mixed:
@@ -201,7 +197,7 @@ class Decoder(nnx.Module):
         turn, x = self._begin(tokens, jnp.maximum(positions, 0))
         fresh = []
         for block, old in zip(blocks, cache, strict=True):
-            x, new = block(x, turn, visible, positions > 0, old, start % S)
+            x, new = block(x, turn, Sight(visible, positions > 0), old, start % S)
             fresh.append(new)
         return x, tuple(fresh)
 

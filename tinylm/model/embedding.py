@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Float, Int
 
-from tinylm.model.product import Arithmetic, product
+from tinylm.model.product import Arithmetic, can_call, foreign, product
 
 Draw = Callable[[tuple[int, ...]], Array]
 """gives standard normal float32 numbers of a shape"""
@@ -99,13 +99,25 @@ def by_order(V: int, numbers: Int[Array, "N"], rows: Float[Array, "N D"]) -> Flo
 class RMSNorm(nnx.Module):
     """Divide by the root mean square of the last axis, then multiply by a gain (1910.07467)."""
 
-    def __init__(self, shape: tuple[int, ...]):
+    def __init__(self, shape: tuple[int, ...], by: Arithmetic):
+        self.by = by
         self.weight = nnx.Param(jnp.ones(shape, jnp.float32))
 
     def __call__(self, x: Float[Array, "*batch W"]) -> Float[Array, "*batch W"]:
         """Normalise."""
+        if self.by.native and can_call(("norm", "norm_back")):
+            return _normalised(x, self.weight[...])
         mean = jnp.mean(x * x, axis=-1, keepdims=True)
         return x * jax.lax.rsqrt(mean + 1e-6) * self.weight[...]
+
+
+@jax.custom_vjp
+def _normalised(x: Float[Array, "*batch W"], gain: Float[Array, "W"]) -> Float[Array, "*batch W"]:
+    return foreign("norm", x, x, gain)
+
+
+_normalised.defvjp(lambda x, gain: (_normalised(x, gain), (x, gain)),
+                   lambda kept, dy: tuple(foreign("norm_back", kept, *kept, dy)))
 
 
 class Rotation(NamedTuple):

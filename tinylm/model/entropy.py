@@ -17,7 +17,7 @@ times as fast at 16 (V=2048), 1.2 at 64 (1024), .95 at 96 (by hand: experiments/
 
 def pays(by: Arithmetic, D: int) -> bool:
     """Tell whether a head of D channels shall be asked for `cross_entropy` rather than logits."""
-    return by.native and D < WIDEST and can_call(by, ("entropy",))
+    return by.native and by.dtype == FULL and D < WIDEST and can_call(("entropy",))
 
 
 @jax.custom_vjp

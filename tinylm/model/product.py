@@ -33,7 +33,7 @@ class Arithmetic:
     onednn: bool = False
     """float32 products by oneDNN where XLA can call it (else, and elsewhere, XLA's own)"""
     native: bool = False
-    """attention and a narrow head's loss in float32 by our C, likewise"""
+    """norms, gates and, in float32, attention and a narrow head's loss by our C, likewise"""
 
 
 def product(spec: str, x: Float[Array, "B T ..."], w: Float[Array, "..."],
@@ -42,14 +42,14 @@ def product(spec: str, x: Float[Array, "B T ..."], w: Float[Array, "..."],
 
     `spec` has the form "bt<x's axes>,<w's axes>->bt<the others of w>". `logits` are never rounded.
     """
-    called = by.onednn and can_call(by, library.PRODUCTS)
+    called = by.onednn and by.dtype == FULL and can_call(library.PRODUCTS)
     return _called(spec, x, w) if called else _product(spec, by.dtype, logits, x, w)
 
 
-def can_call(by: Arithmetic, names: tuple[str, ...]) -> bool:
-    """Tell whether a model of this arithmetic can call these functions of tinylm/native here."""
-    return (by.dtype == FULL and jax.default_backend() == "cpu"
-            and all(library.register(machine.cache(), name) for name in names))
+def can_call(names: tuple[str, ...]) -> bool:
+    """Tell whether these functions of tinylm/native can be called here."""
+    return jax.default_backend() == "cpu" and all(
+        library.register(machine.cache(), name) for name in names)
 
 
 def foreign(name: str, results: Any, *given: Array) -> Any:

@@ -1,4 +1,4 @@
-/* Small float32 products and exponentials on full vectors, for attention.c and entropy.c.
+/* Small float32 products and exponentials on full vectors, for this room's sources.
 
    A sum is a tile of TALL rows and two vectors in registers; arrays are filled up to full vectors
    and aligned to 64 bytes, without which every load crosses a line of the cache. */
@@ -23,9 +23,10 @@ typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4), may_alia
 typedef int32_t Ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 #define AT(place) (*(Floats *)(place))
 
+/* zeros */
 static inline float *room_for(int64_t floats) {
   void *room;
-  return posix_memalign(&room, 64, 4 * floats) ? 0 : room;
+  return posix_memalign(&room, 64, 4 * floats) ? 0 : memset(room, 0, 4 * floats);
 }
 
 static inline int64_t up_to(int64_t size, int64_t multiple) {
@@ -51,22 +52,22 @@ static inline __attribute__((always_inline)) void tile(
 
 /* c = a b, or c += a b where `add`: a[r, i] lies at a + r down + i along, the rows of b and c
    b_row and c_row apart; columns are whole vectors. */
-static void multiply(float *c, int64_t c_row, const float *a, int64_t down, int64_t along,
+static inline void multiply(float *c, int64_t c_row, const float *a, int64_t down, int64_t along,
                      const float *b, int64_t b_row, int64_t rows, int64_t columns, int64_t inner,
                      int add) {
   for (int64_t n = 0; n < columns; n += 2 * LANES) {
     int two = columns - n > LANES;
     int64_t r = 0;
-    for (; r + TALL <= rows; r += TALL)
-      if (two)
-        tile(TALL, 2, c + r * c_row + n, c_row, a + r * down, down, along, b + n, b_row, inner, add);
-      else
-        tile(TALL, 1, c + r * c_row + n, c_row, a + r * down, down, along, b + n, b_row, inner, add);
-    for (; r < rows; r++)
-      if (two)
-        tile(1, 2, c + r * c_row + n, c_row, a + r * down, down, along, b + n, b_row, inner, add);
-      else
-        tile(1, 1, c + r * c_row + n, c_row, a + r * down, down, along, b + n, b_row, inner, add);
+#define TILES(tall)                                                                               \
+  for (; r + tall <= rows; r += tall)                                                             \
+    if (two)                                                                                      \
+      tile(tall, 2, c + r * c_row + n, c_row, a + r * down, down, along, b + n, b_row, inner, add); \
+    else                                                                                          \
+      tile(tall, 1, c + r * c_row + n, c_row, a + r * down, down, along, b + n, b_row, inner, add);
+    TILES(TALL)
+    TILES(2)
+    TILES(1)
+#undef TILES
   }
 }
 
@@ -87,12 +88,19 @@ static inline float sum_of(Floats x) {
   return part[0];
 }
 
-static inline float largest_of(Floats x) {
-  float part[LANES];
-  AT(part) = x;
-  for (int half = LANES / 2; half; half /= 2)
-    for (int i = 0; i < half; i++) part[i] = part[i] > part[i + half] ? part[i] : part[i + half];
-  return part[0];
+static inline float dot(const float *a, const float *b, int64_t size) {
+  Floats sum = {0};
+  int64_t i = 0;
+  for (; i + LANES <= size; i += LANES) sum += AT(a + i) * AT(b + i);
+  float rest = sum_of(sum);
+  for (; i < size; i++) rest += a[i] * b[i];
+  return rest;
+}
+
+/* of rows of W numbers, by the sums of their squares */
+static inline Floats inverse_rms(Floats squares, int64_t W) {
+  for (int i = 0; i < LANES; i++) squares[i] = 1 / sqrtf(squares[i] / W + 1e-6f);
+  return squares;
 }
 
 /* e^x for x <= 0 within 2e-7 of itself, e^-87 from there on, NaN for NaN: 2^n e^f with

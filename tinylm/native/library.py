@@ -1,9 +1,9 @@
 """Compile this room's C once, hand it oneDNN where that is installed, and give both to JAX.
 
 oneDNN is a package that pip installs on Linux (x86); XLA's own float32 products reach four fifths
-of its rate. Attention and a narrow model's loss are ours, kept in the cache from end to end
-(experiments/LOG.md). All is compiled for this processor and the installed jaxlib and kept with the
-compiled programs. Where a C compiler is missing, or oneDNN is, XLA does that part.
+of its rate. Attention, norms, gates and a narrow model's loss are ours, each one pass that stays in
+the cache (experiments/LOG.md). All is compiled for this processor and the installed jaxlib and kept
+with the compiled programs. Where a C compiler is missing, or oneDNN is, XLA does that part.
 """
 
 import ctypes
@@ -20,10 +20,10 @@ from pathlib import Path
 
 PACKAGE, DNNL = "onednn-cpu-gomp", "libdnnl.so.3"
 ROOM = Path(__file__).parent
-FLAGS = ("-O3", "-march=native", "-shared", "-fPIC")
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC")
 PRODUCTS = ("plain", "right_turned", "left_turned")
 """a b, a b' and a' b, by oneDNN"""
-OURS = ("mix", "mix_back", "entropy")
+OURS = ("mix", "mix_back", "norm", "norm_back", "gate", "gate_back", "entropy")
 
 _FAULTS = (importlib.metadata.PackageNotFoundError, OSError, subprocess.SubprocessError,
            AttributeError)  # the last: a library without that function

@@ -106,7 +106,7 @@ def _settle(folder: Path, wanted: dict[str, PretrainConfig], population: int) ->
     backend, count = machine.survey()
     alone = backend != "cpu" or len(wanted) == 1
     workers, each = (1, count) if alone else (count, 1)
-    plans = {n: machine.plan_for(c.rows, c.model.T, c.model.D, backend, each)
+    plans = {n: machine.plan_for(c.rows, c.model.T, c.model.D, c.model.compute, backend, each)
              for n, c in wanted.items()}
     most = population or (1 if backend == "cpu" else packing.MOST)
     packs, plans = packing.pack(wanted, plans, most, machine.memory() / workers)

@@ -70,7 +70,7 @@ def reward(parent: Positional[Path], out: Path, data: tuple[Path, ...] = (), sam
     steps = steps or max(1, len(train.tokens) // prompts)
     config = judging.RewardConfig(model, optim, folders.finished(parent)["id"],
                                   f"{train.id}{held.id}", steps, prompts, center, ceiling, seed)
-    plan = folders.plan_of(out, prompts, model.shape)
+    plan = folders.plan_of(out, prompts, model.shape, model.compute)
     with aside.kept(), progress.bar("reward model", steps) as event:
         record = judging.reward(out, config, parent, train, held, tokens.tokenizer_id,
                                 tokens.folder.parent, plan, event)
@@ -117,7 +117,7 @@ def dpo(parent: Positional[Path], out: Path, data: tuple[Path, ...] = (), sample
     steps = steps or max(1, int(train.wins.sum()) // pairs)
     config = preferring.DpoConfig(model, optim, folders.finished(parent)["id"],
                                   f"{train.id}{held.id}", steps, pairs, beta, smoothing, seed)
-    plan = folders.plan_of(out, pairs, model.shape)
+    plan = folders.plan_of(out, pairs, model.shape, model.compute)
     with aside.kept(), progress.bar("dpo", steps) as event:
         record = preferring.dpo(out, config, parent, train, held, tokens, plan, event)
     progress.answer(record, json, alignment.preferred(record))
@@ -224,7 +224,7 @@ def _optimised(method: Literal["ppo", "grpo"], parent, out, by: By, family, coun
         **vars(given), "method": method, "model": model, "judge": name,
         "parent": folders.finished(parent)["id"], "data_id": policies.prompts_id(prompts)})
     rows = math.gcd(config.prompts, config.rows // config.minibatches)
-    plan = folders.plan_of(out, rows, model.shape)
+    plan = folders.plan_of(out, rows, model.shape, model.compute)
     with progress.bar(method, config.rollouts * config.updates) as event:
         record = policies.policy(out, config, parent, prompts, judge, tokens, plan, event)
     progress.answer(record, json, alignment.optimised(record, spent(out)))

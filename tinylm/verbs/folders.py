@@ -35,7 +35,7 @@ def prepared(folder: Path, corpus: tuple[str, ...], field: str, V: int,
         return prepare.prepare(folder, loaded, V, event)
 
 
-def plan_of(out: Path, rows: int, shape: Shape, devices: int = 0,
+def plan_of(out: Path, rows: int, shape: Shape, compute: str, devices: int = 0,
             kept: tuple[int, ...] = ()) -> machine.Plan:
     if (bound := run.planned(out)) is not None:
         if devices not in (0, bound.devices):
@@ -45,7 +45,7 @@ def plan_of(out: Path, rows: int, shape: Shape, devices: int = 0,
             raise BadInput(f"{out} was begun to keep checkpoints {bound.kept}, not {kept}; go on "
                            "without --keep or choose a new folder")
         return bound
-    plan = machine.plan_for(rows, shape.T, shape.D, *machine.survey(), devices)
+    plan = machine.plan_for(rows, shape.T, shape.D, compute, *machine.survey(), devices)
     return dataclasses.replace(plan, kept=kept)
 
 

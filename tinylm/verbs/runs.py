@@ -80,7 +80,7 @@ def train(out: Path, corpus: tuple[str, ...] = (), field: str = "text", text: Pa
     if target and abs(config.flops / target - 1) > 0.01:
         raise BadInput(f"this run takes {config.flops:.4g} FLOPs and {forecast} is for "
                        f"{target:.4g}; choose the D and steps that `tinylm forecast` printed")
-    plan = folders.plan_of(out, config.rows, model.shape, devices, keep)
+    plan = folders.plan_of(out, config.rows, model.shape, model.compute, devices, keep)
     with progress.bar("train", steps) as event:
         record = pretrain.pretrain(out, config, data, plan, event)
     progress.answer(record, json, progress.result(record))
@@ -185,7 +185,7 @@ def sft(parent: Positional[Path], out: Path, data: tuple[Path, ...] = (),
     wanted = tuning.SftConfig(config, optim, folders.finished(parent)["id"],
                               tuning.conversations_id(*packed), steps, rows, replay, seed,
                               probe_every)
-    plan = folders.plan_of(out, rows, config.shape)
+    plan = folders.plan_of(out, rows, config.shape, config.compute)
     with aside.kept(), progress.bar("sft", steps) as event:
         record = tuning.sft(out, wanted, parent, *packed, tokens, plan, event)
     progress.answer(record, json, progress.result(record))
