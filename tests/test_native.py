@@ -134,19 +134,38 @@ def test_norm_and_gate_and_their_gradients_are_those_by_xla(shape):
             np.testing.assert_allclose(one, other, rtol=1e-5, atol=2e-6 * most)
 
 
-@here
-def test_a_packed_step_calls_it_and_is_the_one_by_xla():
-    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 64, (4, 17)), jnp.int32)
-    numbers = jnp.asarray(np.sort(np.random.default_rng(1).integers(0, 3, (4, 17)), axis=1))
-    batch = Batch(tokens, jnp.ones((4, 16)), numbers)
-    params = init(CONFIG, jax.random.key(0), 5.0)
+def losses_of(config, packed, **dials):
+    """The loss and its gradients by our plan, with other dials, and by XLA's; what ours calls."""
+    draw = np.random.default_rng(0)
+    tokens = jnp.asarray(draw.integers(0, 64, (4, 17)), jnp.int32)
+    numbers = jnp.asarray(np.sort(draw.integers(0, 3, (4, 17)), axis=1))
+    batch = Batch(tokens, jnp.ones((4, 16)), numbers if packed else None)
+    params = init(config, jax.random.key(0), 5.0)
     mine, theirs = (jax.jit(jax.value_and_grad(
-        losses.next_token(CONFIG, plan=plan), has_aux=True)).lower(params, batch).compile()
-        for plan in (OURS, XLAS))
-    assert "tinylm_mix_back" in mine.as_text() and "tinylm_" not in theirs.as_text()
-    for one, other in zip(jax.tree.leaves(mine(params, batch)),
-                          jax.tree.leaves(theirs(params, batch)), strict=True):
+        losses.next_token(config, plan=plan), has_aux=True)).lower(params, batch).compile()
+        for plan in (dataclasses.replace(OURS, **dials), XLAS))
+    assert "tinylm_" not in theirs.as_text()
+    calls = set(re.findall(r'custom_call_target="tinylm_(\w+)"', mine.as_text()))
+    return *(jax.tree.leaves(f(params, batch)) for f in (mine, theirs)), calls
+
+
+@here
+@pytest.mark.parametrize(("packed", "dials", "shape"), [
+    (True, {}, {}), (False, {"remat": True, "unroll": False}, {}), (True, {"remat": True}, {}),
+    (False, {}, {"smear": False, "G": 1})])
+def test_a_loss_calls_it_and_is_the_one_by_xla(packed, dials, shape):
+    mine, theirs, calls = losses_of(dataclasses.replace(CONFIG, **shape), packed, **dials)
+    assert {"mix", "mix_back", "norm_back", "gate_back"} <= calls
+    for one, other in zip(mine, theirs, strict=True):
         np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-6 * np.abs(other).max())
+
+
+@here
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_bfloat16_model_calls_what_multiplies_nothing(packed):
+    mine, theirs, calls = losses_of(dataclasses.replace(CONFIG, compute="bf16"), packed)
+    assert calls == {"norm", "norm_back", "gate", "gate_back"}
+    np.testing.assert_allclose(mine[0], theirs[0], rtol=1e-3)
 
 
 @here
@@ -185,6 +204,11 @@ def test_what_is_no_number_stays_none(broken):
     mixed = attention.by_native(x, jnp.ones_like(x), jnp.ones_like(x), gain, gain, gain[None],
                                 rotation(index, 40, 16, 100.0), np.zeros_like(index))
     assert np.isnan(mixed[0, 3]).all() and np.isfinite(mixed[0, 4]).all()
+    by = Arithmetic(native=True)
+    for f, dx in ((lambda x: RMSNorm((16,), by)(x), 3), (lambda x: block.gated(x, x, by), 3)):
+        y, back = jax.vjp(f, x[:, :, 0])
+        for each in (y, *back(jnp.ones_like(y))):
+            assert not np.isfinite(each[0, dx, 5]) and np.isfinite(each[0, dx + 1]).all()
     targets = jnp.zeros((1, 40), jnp.int32)
     for total in (cross_entropy(x[:, :, 0], jnp.ones((9, 16)), targets, jnp.ones((1, 40))),
                   cross_entropy(jnp.ones((1, 40, 16)), jnp.ones((9, 16)), targets.at[0, 7].set(9),

@@ -40,7 +40,8 @@ class Sight(NamedTuple):
     follows: Bool[ArrayLike, "#B T"]
     """where a token has one before it in its sequence"""
     begin: Int[ArrayLike, "#B T"] | None = None
-    """where T are S, and each sees all from its begin, never less than the last one's, to itself"""
+    """where S = T: the first position each sees, and it sees all from there to itself; from 0 on,
+    never falling"""
 
 
 def sight_from(begin: Int[ArrayLike, "#B T"]) -> Sight:
@@ -86,7 +87,7 @@ class Attention(nnx.Module):
         ours. Our C keeps no keys, so a plan that wants it gives None for them.
         """
         if (self.by.native and self.by.dtype == FULL and sight.begin is not None
-                and fused is None and can_call(("mix", "mix_back"))):
+                and cache is None and fused is None and can_call(("mix", "mix_back"))):
             smear = jnp.zeros(self.k_proj[...].shape[-2:]) if self.k_smear is None else (
                 self.k_smear[...])
             mixed = by_native(*self.heads(x), self.q_norm.weight[...], self.k_norm.weight[...],
@@ -199,7 +200,7 @@ def by_native(
 ) -> Float[Array, "B T H K"]:
     """Mix projected heads by our C on a CPU: norms, rotation and smear are part of it.
 
-    No weights are kept (tinylm/native/attention.c).
+    `begin` is as in `Sight`, K even. No weights are kept (tinylm/native/attention.c).
     """
     cos, sin = (jnp.asarray(a)[:, :, 0] for a in turn)
     return _by_native(q, k, v, q_gain, k_gain, smear, cos, sin, jnp.asarray(begin, jnp.int32))

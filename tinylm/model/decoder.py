@@ -132,7 +132,7 @@ class Decoder(nnx.Module):
         """Give the logits of the next token at every position, float32.
 
         `segments` (conversation numbers) keep packed sequences apart: attention stays inside a
-        segment and positions restart with it.
+        segment, a run of equal numbers, and positions restart with it.
         """
         return self.head(self.states(tokens, segments))
 

@@ -26,7 +26,7 @@ FULL = jnp.dtype("float32")
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """How a model's products are computed."""
+    """How a model computes."""
 
     dtype: jnp.dtype = FULL
     """what operands are rounded to"""

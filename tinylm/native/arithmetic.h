@@ -53,21 +53,25 @@ static inline __attribute__((always_inline)) void tile(
 /* c = a b, or c += a b where `add`: a[r, i] lies at a + r down + i along, the rows of b and c
    b_row and c_row apart; columns are whole vectors. */
 static inline void multiply(float *c, int64_t c_row, const float *a, int64_t down, int64_t along,
-                     const float *b, int64_t b_row, int64_t rows, int64_t columns, int64_t inner,
-                     int add) {
+                            const float *b, int64_t b_row, int64_t rows, int64_t columns,
+                            int64_t inner, int add) {
   for (int64_t n = 0; n < columns; n += 2 * LANES) {
     int two = columns - n > LANES;
     int64_t r = 0;
-#define TILES(tall)                                                                               \
-  for (; r + tall <= rows; r += tall)                                                             \
-    if (two)                                                                                      \
-      tile(tall, 2, c + r * c_row + n, c_row, a + r * down, down, along, b + n, b_row, inner, add); \
-    else                                                                                          \
-      tile(tall, 1, c + r * c_row + n, c_row, a + r * down, down, along, b + n, b_row, inner, add);
+#define TILE(tall, vectors) \
+  tile(tall, vectors, c + r * c_row + n, c_row, a + r * down, down, along, b + n, b_row, inner, add)
+#define TILES(tall)                     \
+  for (; r + tall <= rows; r += tall) { \
+    if (two)                            \
+      TILE(tall, 2);                    \
+    else                                \
+      TILE(tall, 1);                    \
+  }
     TILES(TALL)
     TILES(2)
     TILES(1)
 #undef TILES
+#undef TILE
   }
 }
 
@@ -103,8 +107,9 @@ static inline Floats inverse_rms(Floats squares, int64_t W) {
   return squares;
 }
 
-/* e^x for x <= 0 within 2e-7 of itself, e^-87 from there on, NaN for NaN: 2^n e^f with
-   |f| <= ln(2) / 2, e^f by its Taylor series to f^7, n by rounding in the last bits of a sum. */
+/* e^x for x <= 0 (or a rounding above) within 2e-7 of itself, e^-87 from there on, NaN for NaN:
+   2^n e^f with |f| <= ln(2) / 2, e^f by its Taylor series to f^7, n by rounding in the last bits of
+   a sum. */
 static inline Floats power(Floats x) {
   x = pick(x < -87.0f, all(-87.0f), x);
   Floats shifted = x * 1.44269504f + (12582912.0f + 127.0f);

@@ -1,12 +1,14 @@
-/* Causal attention from projected heads on, and its gradient, float32, a block of queries at a time.
+/* Causal attention from projected heads on, with its gradient, float32, a block of queries at once.
 
-   mix:      q [B, T, H, K], k, v [B, T, G, K], their gains [K] twice, smear [G, K], cosines and
-             sines [., T, K/2], begin [., T] -> mixed [B, T, H, K], log_total [B, H, T]
+   mix:      q [B, T, H, K], k, v [B, T, G, K], the gains of q and of k [K], smear [G, K], cosines
+             and sines [., T, K/2], begin [., T], never falling
+             -> mixed [B, T, H, K], log_total [B, H, T]
    mix_back: these eleven, d mixed -> d q, d k, d v, d gains, d smear
    Queries and keys are normalised and rotated, keys smeared, as attention.py has it; a query sees
    the keys from `begin` to its own. Weights live for one block only and are computed again on the
    way back from the logarithm of their sum (Dao 2023, 2307.08691).
-   A head lies turned, [K, T]: a lane is a position, so that nothing is added up across lanes. */
+   A head lies turned, that is transposed, [K, T]: a lane is a position, so that nothing is added up
+   across lanes. */
 #include "arithmetic.h"
 #include "call.h"
 
@@ -52,8 +54,8 @@ typedef struct {
   int64_t wide; /* K filled up, where heads are not turned */
 } Shape;
 
-/* What an element of the batch is placed by: turned angles [K/2, row], and per position where its
-   sequence begins and whether a token comes before it there (all bits, or none). */
+/* What an element of the batch is placed by: the rotation's angles, turned too, [K/2, row], and per
+   position where its sequence begins and whether a token comes before it (all bits, or none). */
 typedef struct {
   float *cosine, *sine;
   int32_t *begin, *follows;
@@ -115,7 +117,8 @@ static void put_in_place(float *to, const float *raw, const float *gain, float s
   }
 }
 
-/* Turn a head's gradient in place into that of the `raw` one; d_gain [K, LANES] adds its own up. */
+/* Make of a head's gradient in place that of the `raw` one; its gain's is added to d_gain, which is
+   [K, LANES]. */
 static void put_back(float *d, const float *raw, const float *gain, float *d_gain, float scale,
                      const Place *p, const Shape *s) {
   for (int64_t t = 0; t < blocks_end(s); t += LANES) {
@@ -153,7 +156,7 @@ static void smear_back(float *d, const float *key, const float *share, float *d_
                        const Place *p, const Shape *s) {
   for (int64_t k = 0; k < s->K; k++, d += s->row, key += s->row) {
     Floats sum = {0};
-    for (int64_t t = 0; t < s->T; t += LANES) { /* one past the end: of the vector more, zeros */
+    for (int64_t t = 0; t < s->T; t += LANES) { /* t + 1 may reach into the vector more */
       Ints follows = *(Ints *)(p->follows + t + 1);
       Floats next = (Floats)(follows & (Ints)AT(d + t + 1));
       sum += next * AT(key + t);
@@ -171,7 +174,7 @@ static inline Ints seen_by(int64_t t, int64_t n, const Place *p) {
 }
 
 /* Turn scores [keys from low to end, BLOCK], queries from `first` on, into weights, 0 where a key
-   is not seen, and give their sums and, of what was summed, the logarithms. */
+   is not seen, and give the sums of these and the logarithms of the sums of e^score. */
 static void weigh(float *scores, int64_t first, int64_t low, int64_t end, float *total,
                   float *log_total, const Place *p) {
   for (int64_t half = 0; half < BLOCK; half += LANES) {

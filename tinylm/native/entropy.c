@@ -24,7 +24,6 @@ XLA_FFI_Error *entropy(XLA_FFI_CallFrame *call) {
   if (!room) return fault(call, "no memory for the cross-entropy");
   float *logits = room, *turned = logits + V * ROWS, *d_turned = turned + D * ROWS,
         *rows = d_turned + D * ROWS, *sums = rows + ROWS * wide;
-  memset(sums, 0, 4 * V * wide);
   for (int64_t first = 0; first < N; first += ROWS) {
     int64_t here = N - first < ROWS ? N - first : ROWS;
     float share[ROWS] __attribute__((aligned(64))) = {0};

@@ -1,4 +1,4 @@
-/* A norm and a gate with their gradients, float32, each in one pass over its arrays.
+/* A norm and a gate with their gradients, float32, row by row.
 
    norm:      x [..., W], gain [W] -> x gain / rms(x)
    norm_back: these, d y -> d x, d gain
