@@ -93,8 +93,9 @@ SMOKE = Study(
 # V: bits a byte still fall at 4096 (experiments/results/vocab_size.csv), but there the smallest
 # budgets would want widths below 8. One depth and two heads keep the ladder free of kinks.
 LAPTOP = Study(
-    name="laptop", budgets=(1.5e11, 3.15e11, 6.6e11, 1.38e12, 2.9e12), target=2.4e13,
-    widths=(8, 12, 16, 20, 24, 28, 32, 36, 40, 48, 56, 64, 72, 80, 96, 112, 128, 144, 160),
+    name="laptop", budgets=(1.5e11, 3.6e11, 8.6e11, 2e12, 4.8e12), target=4e13,
+    widths=(8, 12, 16, 20, 24, 28, 32, 36, 40, 48, 56, 64, 72, 80, 96, 112, 128, 144, 160,
+            176, 192),
     base=ModelConfig(V=2048, rope_theta=1e3), per_budget=6, spread=3.0,
     tuning=(1.5e11, 4.8e11, 1.5e12), position_flops=1e12,
     sft=OptimConfig(kind="muon", lr=1.7e-2, decay=1.0), sft_steps=1400, sft_tasks=40000,
