@@ -12,7 +12,7 @@ import pytest
 from tinylm import machine
 from tinylm.config import BadInput
 from tinylm.model import attention, block
-from tinylm.model.decoder import ModelConfig, init
+from tinylm.model.decoder import ModelConfig, init, rebuild
 from tinylm.model.embedding import RMSNorm, rotate, rotation
 from tinylm.model.entropy import cross_entropy
 from tinylm.model.product import Arithmetic, product
@@ -158,6 +158,21 @@ def test_a_loss_calls_it_and_is_the_one_by_xla(packed, dials, shape):
     assert {"mix", "mix_back", "norm_back", "gate_back"} <= calls
     for one, other in zip(mine, theirs, strict=True):
         np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-6 * np.abs(other).max())
+
+
+@here
+def test_attention_that_is_given_a_cache_fills_it():
+    params, x = init(CONFIG, jax.random.key(0), 5.0), jnp.ones((1, 4, 16)).at[0, 1].set(-2.0)
+    index = np.arange(4)[None]
+    cache = attention.KeyValue(*(jnp.zeros((1, 2, 4, 8)),) * 2, jnp.zeros((1, 2, 1, 8)))
+
+    def f(x, cache, plan):
+        layer = rebuild(CONFIG, params, plan).blocks()[0].self_attn
+        return layer(x, rotation(index, 16, 8, 100.0), attention.sight_from(index * 0), cache)[1]
+
+    mine, theirs = f(x, cache, OURS), f(x, cache, XLAS)
+    assert f(x, None, OURS) is None and np.abs(theirs.k).min() > 0
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), mine, theirs)
 
 
 @here
