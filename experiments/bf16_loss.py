@@ -11,7 +11,7 @@ result     8 pairs at s (600 steps of 512 tokens): -.0059, bound +.0011; 16 at m
            +.0037 (results/bf16_loss.json), and -.0002, bound +.0029, on an H200, which rounds sums
            too (bf16_loss_h200.json). With 512 tokens a step the members of a pair at m end .024
            apart, and 32 pairs show only +.0005, bound +.0078. 8 pairs of the rule's plan and
-           XLA's float32 (300 steps of 2048): -.00001, bound +.00001, at s, +.0001, bound +.0003,
+           XLA's float32 (300 steps of 2048): -.00001, bound +.00001, at s, +.0001, bound +.0004,
            at m (f32_loss.json)
 """
 
