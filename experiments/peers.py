@@ -14,7 +14,8 @@ result     jax 0.12: 2.18, 1.43, 1.15, 1.05 at s, m, l, xl; torch tuned 1.32, 1.
            decoding 68 and 27 at s, 34 and 29 times at m: experiments/results/peers_py312.json,
            and peers_py311.json for jax 0.10; other processors: peers_avx2.json, peers_xeon.json,
            peers_xeon_py311.json, where float32 is the faster type for both and ours is by oneDNN and
-           our C: 3.39, 2.42, 2.14, 1.80 over compiled bf16, 3.34, 2.52, 1.90, 1.80 over torch tuned
+           our C: 3.39, 2.42, 2.14, 1.80 over compiled bf16 and 3.34, 2.52, 1.90, 1.80 over tuned
+           torch
 """
 
 import dataclasses
