@@ -13,9 +13,9 @@ expected   to compiled bf16 at least 2.0, 1.4, 1.15, .95 times at s, m, l, xl; t
 result     jax 0.12: 2.18, 1.43, 1.15, 1.05 at s, m, l, xl; torch tuned 1.32, 1.10, 1.12, 1.09;
            decoding 68 and 27 at s, 34 and 29 times at m: experiments/results/peers_py312.json,
            and peers_py311.json for jax 0.10; other processors: peers_avx2.json, peers_xeon.json,
-           peers_xeon_py311.json, where float32 is the faster type for both and ours is by oneDNN and
-           our C: 3.39, 2.42, 2.14, 1.80 over compiled bf16 and 3.34, 2.52, 1.90, 1.80 over tuned
-           torch
+           peers_xeon_py311.json, where float32 is the faster type for both and ours is by oneDNN
+           and our C: 3.39, 2.42, 2.14, 1.80 over compiled bf16 and 3.34, 2.52, 1.90, 1.80 over
+           tuned torch
 """
 
 import dataclasses
