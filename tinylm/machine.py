@@ -50,7 +50,7 @@ class Plan:
     onednn: bool = False
     """float32 products of activations with parameters by oneDNN instead of XLA (CPU)"""
     native: bool = False
-    """norms, gates and, in float32, attention and a narrow model's loss by our C (CPU)"""
+    """norms, gates, attention and a narrow model's loss by our C (CPU)"""
     kept: tuple[int, ...] = ()
     """steps whose checkpoints stay, to look at afterwards"""
 
@@ -196,11 +196,11 @@ def plan_for(rows: int, T: int, D: int, compute: str, backend: str, count: int,
     The batch is split over `devices`, or over as many of the `count` at hand as divide it. A CPU
     calls our C and oneDNN where they are at hand. What a device of it holds at once is measured
     (experiments/plan_choice.py, LOG): 512 tokens from D=256 on and 256 below; narrow models, which
-    wait for calls, 512 below 80 and 1024 below 40, where C makes their loss (in f32), else 128
-    below 40, for their logits have to stay in the cache. JAX before 0.12 also wants two sequences
-    at once from D=40 on (1.15 to 1.25 times the rate of one). An accelerator gets longer chunks,
-    members side by side and the library's attention; its layers are written out too (scanned, an
-    H200 trains at 67% of the rate: D=768, L=12).
+    wait for calls, 512 below 80 and 1024 below 40 (half of that in bf16) where C makes their loss,
+    else 128 below 40, for their logits have to stay in the cache. JAX before 0.12 also wants two
+    sequences at once from D=40 on (1.15 to 1.25 times the rate of one). An accelerator gets longer
+    chunks, members side by side and the library's attention; its layers are written out too
+    (scanned, an H200 trains at 67% of the rate: D=768, L=12).
     """
     require("rows", rows, 1, 1e9)
     require("devices", devices, 0, count)
@@ -212,9 +212,11 @@ def plan_for(rows: int, T: int, D: int, compute: str, backend: str, count: int,
     most, native = 64, cpu and bool(library.compiler(cache()))
     if cpu:
         old = tuple(map(int, importlib.metadata.version("jax").split(".")[:2])) < (0, 12)
-        c_loss = native and compute == "f32"
-        tokens = (512 if D >= 256 else 256 if D >= 80 or D >= 40 and not c_loss else
-                  128 if not c_loss else 512 if D >= 40 else 1024)
+        tokens = 512 if D >= 256 else 256
+        if D < 80 and native:
+            tokens = (512 if D >= 40 else 1024) // (1 if compute == "f32" else 2)
+        elif D < 40:
+            tokens = 128
         most = max(2 if old and D >= 40 else 1, tokens // T)
     micro = max(m for m in range(1, most + 1) if rows // devices % m == 0)
     every = 2048 if cpu and D < 40 else 512  # either is about ten seconds of a core

@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from tinylm.model.embedding import Draw, RMSNorm, Rotation, param, rotate
-from tinylm.model.product import FULL, Arithmetic, can_call, foreign, product
+from tinylm.model.product import FULL, Arithmetic, can_call, foreign, named, product
 
 BLOCK, BLOCKS = 64, 4
 """queries are cut into blocks of BLOCK or more, BLOCKS at most"""
@@ -86,12 +86,13 @@ class Attention(nnx.Module):
         `fused`, the layer's number, takes the library's attention (see `by_library`) instead of
         ours. Our C keeps no keys, so a plan that wants it gives None for them.
         """
-        if (self.by.native and self.by.dtype == FULL and sight.begin is not None
-                and cache is None and fused is None and can_call(("mix", "mix_back"))):
+        if (self.by.native and sight.begin is not None
+                and cache is None and fused is None
+                and can_call(named(self.by, "mix", "mix_back"))):
             smear = jnp.zeros(self.k_proj[...].shape[-2:]) if self.k_smear is None else (
                 self.k_smear[...])
             mixed = by_native(*self.heads(x), self.q_norm.weight[...], self.k_norm.weight[...],
-                              smear, turn, sight.begin)
+                              smear, turn, sight.begin, self.by)
             return self.out(mixed), None
         q, k, v = self.project(x, turn)
         last = k[:, :, -1:]
@@ -196,30 +197,32 @@ def by_library(
 def by_native(
     q: Float[Array, "B T H K"], k: Float[Array, "B T G K"], v: Float[Array, "B T G K"],
     q_gain: Float[Array, "K"], k_gain: Float[Array, "K"], smear: Float[Array, "G K"],
-    turn: Rotation, begin: Int[ArrayLike, "#B T"],
+    turn: Rotation, begin: Int[ArrayLike, "#B T"], by: Arithmetic,
 ) -> Float[Array, "B T H K"]:
     """Mix projected heads by our C on a CPU: norms, rotation and smear are part of it.
 
-    `begin` is as in `Sight`, K even. No weights are kept (tinylm/native/attention.c).
+    `begin` is as in `Sight`, K even; bfloat16 as in `attend`. No weights are kept
+    (tinylm/native/attention.c).
     """
     cos, sin = (jnp.asarray(a)[:, :, 0] for a in turn)
-    return _by_native(q, k, v, q_gain, k_gain, smear, cos, sin, jnp.asarray(begin, jnp.int32))
+    return _by_native(named(by, "mix", "mix_back"), q, k, v, q_gain, k_gain, smear, cos, sin,
+                      jnp.asarray(begin, jnp.int32))
 
 
-@jax.custom_vjp
-def _by_native(*given):
-    return _native_forward(*given)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _by_native(names, *given):
+    return _native_forward(names, *given)[0]
 
 
-def _native_forward(*given):
+def _native_forward(names, *given):
     q = given[0]
     B, T, H, _ = q.shape
-    mixed, logz = foreign("mix", (q, jax.ShapeDtypeStruct((B, H, T), FULL)), *given)
+    mixed, logz = foreign(names[0], (q, jax.ShapeDtypeStruct((B, H, T), FULL)), *given)
     return mixed, (*given, mixed, logz)
 
 
-def _native_backward(kept, dy):
-    return *foreign("mix_back", kept[:6], *kept, dy), None, None, None
+def _native_backward(names, kept, dy):
+    return *foreign(names[1], kept[:6], *kept, dy), None, None, None
 
 
 _by_native.defvjp(_native_forward, _native_backward)

@@ -213,8 +213,8 @@ class Decoder(nnx.Module):
         table = self._table()
         if not entropy.pays(table.by, self.config.D):
             return None
-        return entropy.cross_entropy(self.norm(self.states(tokens)), table.weight[...], targets,
-                                     weights, z_loss)
+        return entropy.cross_entropy(table.by, self.norm(self.states(tokens)), table.weight[...],
+                                     targets, weights, z_loss)
 
     def _table(self) -> Embedding:
         return self.embed_tokens if self.config.tied else self.lm_head

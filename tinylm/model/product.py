@@ -33,7 +33,7 @@ class Arithmetic:
     onednn: bool = False
     """float32 products by oneDNN where XLA can call it (else, and elsewhere, XLA's own)"""
     native: bool = False
-    """norms, gates and, in float32, attention and a narrow head's loss by our C, likewise"""
+    """norms, gates, attention and a narrow head's loss by our C, likewise"""
 
 
 def product(spec: str, x: Float[Array, "B T ..."], w: Float[Array, "..."],
@@ -50,6 +50,11 @@ def can_call(names: tuple[str, ...]) -> bool:
     """Tell whether these functions of tinylm/native can be called here."""
     return jax.default_backend() == "cpu" and all(
         library.register(machine.cache(), name) for name in names)
+
+
+def named(by: Arithmetic, *names: str) -> tuple[str, ...]:
+    """Name the functions of tinylm/native that multiply operands of this type."""
+    return names if by.dtype == FULL else tuple(f"bf16_{name}" for name in names)
 
 
 def foreign(name: str, results: Any, *given: Array) -> Any:

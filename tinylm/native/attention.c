@@ -1,9 +1,10 @@
-/* Causal attention from projected heads on, with its gradient, float32, a block of queries at once.
+/* Causal attention from projected heads on, with its gradient, a block of queries at once.
 
    mix:      q [B, T, H, K], k, v [B, T, G, K], the gains of q and of k [K], smear [G, K], cosines
              and sines [., T, K/2], begin [., T], never falling
              -> mixed [B, T, H, K], log_total [B, H, T]
    mix_back: these eleven, d mixed -> d q, d k, d v, d gains, d smear
+   bf16_mix, bf16_mix_back: the same, the operands of products rounded to bfloat16
    Queries and keys are normalised and rotated, keys smeared, as attention.py has it; a query sees
    the keys from `begin` to its own. Weights live for one block only and are computed again on the
    way back from the logarithm of their sum (Dao 2023, 2307.08691).
@@ -14,37 +15,60 @@
 
 #define BLOCK 32 /* queries; a multiple of two vectors */
 
+#if defined(__clang__) || __GNUC__ >= 12
 typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
 
+#define MERGE __builtin_shufflevector
+#define TURN(Wide, lanes, ROWS, ORDER)                                                 \
+  Wide a = ROWS(0), b = ROWS(1), c = ROWS(2), d = ROWS(3);                             \
+  Wide ab = MERGE(a, b, ORDER(0, lanes, 1, lanes + 1)),                                \
+       ab_end = MERGE(a, b, ORDER(2, lanes + 2, 3, lanes + 3)),                        \
+       cd = MERGE(c, d, ORDER(0, lanes, 1, lanes + 1)),                                \
+       cd_end = MERGE(c, d, ORDER(2, lanes + 2, 3, lanes + 3));                        \
+  *(Wide *)to = MERGE(ab, cd, ORDER(0, 1, lanes, lanes + 1));                          \
+  *(Wide *)(to + to_row) = MERGE(ab, cd, ORDER(2, 3, lanes + 2, lanes + 3));           \
+  *(Wide *)(to + 2 * to_row) = MERGE(ab_end, cd_end, ORDER(0, 1, lanes, lanes + 1));   \
+  *(Wide *)(to + 3 * to_row) = MERGE(ab_end, cd_end, ORDER(2, 3, lanes + 2, lanes + 3))
+#define ROW(n) (*(Four *)(from + (n) * from_row))
+#define FOUR(p, q, r, s) p, q, r, s
+
+/* four rows and columns */
 static inline void turn_four(float *to, int64_t to_row, const float *from, int64_t from_row) {
-#if defined(__clang__) || __GNUC__ >= 12
-  Four a = *(Four *)from, b = *(Four *)(from + from_row), c = *(Four *)(from + 2 * from_row),
-       d = *(Four *)(from + 3 * from_row);
-#define MERGE(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
-  Four ab = MERGE(a, b, 0, 4, 1, 5), ab_end = MERGE(a, b, 2, 6, 3, 7), cd = MERGE(c, d, 0, 4, 1, 5),
-       cd_end = MERGE(c, d, 2, 6, 3, 7);
-  *(Four *)to = MERGE(ab, cd, 0, 1, 4, 5);
-  *(Four *)(to + to_row) = MERGE(ab, cd, 2, 3, 6, 7);
-  *(Four *)(to + 2 * to_row) = MERGE(ab_end, cd_end, 0, 1, 4, 5);
-  *(Four *)(to + 3 * to_row) = MERGE(ab_end, cd_end, 2, 3, 6, 7);
-#undef MERGE
-#else
-  for (int r = 0; r < 4; r++)
-    for (int i = 0; i < 4; i++) to[i * to_row + r] = from[r * from_row + i];
-#endif
+  TURN(Four, 4, ROW, FOUR);
 }
 
-/* to[i, r] = from[r, i], in fours, which is three times as fast as one by one */
+#if LANES == 16
+typedef float Eight __attribute__((vector_size(32), aligned(4), may_alias));
+#define EIGHT 0, 1, 2, 3, 4, 5, 6, 7
+#define TWO_ROWS(n) MERGE(ROW(n), ROW(n + 4), EIGHT)
+#define FOUR_ROWS(n) MERGE(TWO_ROWS(n), TWO_ROWS(n + 8), EIGHT, 8, 9, 10, 11, 12, 13, 14, 15)
+#define SIXTEEN(p, q, r, s) \
+  p, q, r, s, p + 4, q + 4, r + 4, s + 4, p + 8, q + 8, r + 8, s + 8, p + 12, q + 12, r + 12, s + 12
+
+/* sixteen rows, four columns: a, b, c, d above hold every fourth row */
+static inline void turn_sixteen(float *to, int64_t to_row, const float *from, int64_t from_row) {
+  TURN(Floats, 16, FOUR_ROWS, SIXTEEN);
+}
+#endif
+#endif
+
+/* to[i, r] = from[r, i] */
 static void turn(float *to, int64_t to_row, const float *from, int64_t from_row, int64_t rows,
                  int64_t columns) {
-  for (int64_t r = 0; r < rows; r += 4)
-    for (int64_t i = 0; i < columns; i += 4)
-      if (rows - r >= 4 && columns - i >= 4)
-        turn_four(to + i * to_row + r, to_row, from + r * from_row + i, from_row);
-      else
-        for (int64_t m = r; m < rows && m < r + 4; m++)
-          for (int64_t n = i; n < columns && n < i + 4; n++)
-            to[n * to_row + m] = from[m * from_row + n];
+  int64_t r = 0, fours = columns & -4;
+#define TURN_ALL(some, turn_some)          \
+  for (; r + some <= rows; r += some)      \
+    for (int64_t i = 0; i < fours; i += 4) \
+  turn_some(to + i * to_row + r, to_row, from + r * from_row + i, from_row)
+#if defined(TURN) && LANES == 16
+  TURN_ALL(16, turn_sixteen);
+#endif
+#ifdef TURN
+  TURN_ALL(4, turn_four);
+#endif
+  for (int64_t n = 0; n < rows; n++)
+    for (int64_t i = n < r ? fours : 0; i < columns; i++)
+      to[i * to_row + n] = from[n * from_row + i];
 }
 
 typedef struct {
@@ -173,27 +197,37 @@ static inline Ints seen_by(int64_t t, int64_t n, const Place *p) {
   return (query >= (int32_t)n) & (*(Ints *)(p->begin + t) <= (int32_t)n);
 }
 
+/* before which key all of a block's queries see all from `low` on */
+static inline int64_t open_to(int64_t first, int64_t low, const Place *p) {
+  return p->begin[first + BLOCK - 1] <= low ? first : low;
+}
+
 /* Turn scores [keys from low to end, BLOCK], queries from `first` on, into weights, 0 where a key
    is not seen, and give the sums of these and the logarithms of the sums of e^score. */
 static void weigh(float *scores, int64_t first, int64_t low, int64_t end, float *total,
                   float *log_total, const Place *p) {
+  int64_t open = open_to(first, low, p);
   for (int64_t half = 0; half < BLOCK; half += LANES) {
     Floats most = all(-INFINITY), sum = {0};
     for (int64_t n = low; n < end; n++) {
       Floats score = AT(scores + (n - low) * BLOCK + half);
-      most = larger(pick(seen_by(first + half, n, p), score, most), most);
+      if (n >= open) score = pick(seen_by(first + half, n, p), score, most);
+      most = larger(score, most);
     }
     for (int64_t n = low; n < end; n++) {
       float *at = scores + (n - low) * BLOCK + half;
-      AT(at) = (Floats)(seen_by(first + half, n, p) & (Ints)power(AT(at) - most));
-      sum += AT(at);
+      Floats w = power(AT(at) - most);
+      if (n >= open) w = (Floats)(seen_by(first + half, n, p) & (Ints)w);
+      AT(at) = w;
+      sum += w;
     }
     AT(total + half) = sum;
     for (int i = 0; i < LANES; i++) log_total[half + i] = most[i] + logf(sum[i]);
   }
 }
 
-XLA_FFI_Error *mix(XLA_FFI_CallFrame *call) {
+static inline __attribute__((always_inline)) XLA_FFI_Error *mix_in(int bf16,
+                                                                   XLA_FFI_CallFrame *call) {
   if (described(call)) return 0;
   Shape s = shape_of(call);
   const float *q = given(call, 0)->data, *k = given(call, 1)->data, *v = given(call, 2)->data,
@@ -214,18 +248,25 @@ XLA_FFI_Error *mix(XLA_FFI_CallFrame *call) {
       put_in_place(one, raw, k_gain, 1, &p, &s);
       smear_keys(key, one, smear + g * s.K, &p, &s);
       gather(value, v + group, k_step, s.K, &s);
+      if (bf16) {
+        pair_rows(key, key, s.row, s.K, s.row);
+        for (int64_t i = 0; i < s.K; i++)
+          pair_along(value + i * s.row, value + i * s.row, blocks_end(&s));
+      }
       for (int64_t h = g * J; h < (g + 1) * J; h++) {
         int64_t head = b * s.T * q_step + h * s.K;
         gather(raw, q + head, q_step, s.K, &s);
         put_in_place(query, raw, q_gain, 1 / sqrtf(s.K), &p, &s);
+        if (bf16) pair_rows(query, query, s.row, s.K, s.row);
         for (int64_t first = 0; first < s.T; first += BLOCK) {
-          int64_t end = first + BLOCK, low = p.begin[first];
+          int64_t end = first + BLOCK, low = p.begin[first] & -2;
           float total[BLOCK] __attribute__((aligned(64))), logs[BLOCK];
-          multiply(weights, BLOCK, key + low, 1, s.row, query + first, s.row, end - low, BLOCK,
-                   s.K, 0);
+          multiply(bf16, weights, BLOCK, key + low, 1, s.row, query + first, s.row, end - low,
+                   BLOCK, s.K >> bf16, 0);
           weigh(weights, first, low, end, total, logs, &p);
-          multiply(out + first, s.row, value + low, s.row, 1, weights, BLOCK, s.K, BLOCK,
-                   end - low, 0);
+          if (bf16) pair_rows(weights, weights, BLOCK, end - low, BLOCK);
+          multiply(bf16, out + first, s.row, value + (low >> bf16), s.row, 1, weights, BLOCK, s.K,
+                   BLOCK, (end - low) >> bf16, 0);
           for (int64_t i = 0; i < s.K; i++)
             for (int64_t t = 0; t < BLOCK; t++) out[i * s.row + first + t] /= total[t];
           for (int64_t t = first; t < end && t < s.T; t++)
@@ -242,16 +283,19 @@ XLA_FFI_Error *mix(XLA_FFI_CallFrame *call) {
 /* Turn scores into weights w, as `weigh` does, and dy v into d scores = w (dy v - shift). */
 static void weigh_back(float *scores, float *d_scores, int64_t first, int64_t low, int64_t end,
                        const float *log_total, const float *shift, const Place *p) {
+  int64_t open = open_to(first, low, p);
   for (int64_t n = low; n < end; n++)
     for (int64_t half = 0; half < BLOCK; half += LANES) {
       int64_t at = (n - low) * BLOCK + half, t = first + half;
-      Floats w = (Floats)(seen_by(t, n, p) & (Ints)power(AT(scores + at) - AT(log_total + t)));
+      Floats w = power(AT(scores + at) - AT(log_total + t));
+      if (n >= open) w = (Floats)(seen_by(t, n, p) & (Ints)w);
       AT(scores + at) = w;
       AT(d_scores + at) = w * (AT(d_scores + at) - AT(shift + t));
     }
 }
 
-XLA_FFI_Error *mix_back(XLA_FFI_CallFrame *call) {
+static inline __attribute__((always_inline)) XLA_FFI_Error *mix_back_in(int bf16,
+                                                                        XLA_FFI_CallFrame *call) {
   if (described(call)) return 0;
   Shape s = shape_of(call);
   const float *q = given(call, 0)->data, *k = given(call, 1)->data, *v = given(call, 2)->data,
@@ -263,8 +307,8 @@ XLA_FFI_Error *mix_back(XLA_FFI_CallFrame *call) {
         *d_smear = result(call, 5)->data;
   int64_t size = s.K * s.row, J = s.H / s.G, q_step = s.H * s.K, k_step = s.G * s.K;
   int64_t rows = s.row * s.wide, block = BLOCK * s.wide;
-  float *room = room_for(7 * size + 2 * rows + 2 * BLOCK * s.row + 2 * block + 2 * s.row +
-                         2 * s.K * LANES + place_size(&s)),
+  float *room = room_for((bf16 ? 10 : 7) * size + 2 * rows + (2 + bf16) * BLOCK * s.row +
+                         2 * block + 2 * s.row + 2 * s.K * LANES + place_size(&s)),
         scale = 1 / sqrtf(s.K);
   if (!room) return fault(call, "no memory for attention's gradient");
   float *raw = room, *query = raw + size, *one = query + size, *key = one + size,
@@ -274,6 +318,9 @@ XLA_FFI_Error *mix_back(XLA_FFI_CallFrame *call) {
         *logs = out_rows + block, *shift = logs + s.row, *q_sums = shift + s.row,
         *k_sums = q_sums + s.K * LANES;
   Place p = place_in(k_sums + s.K * LANES, &s);
+  float *more = k_sums + s.K * LANES + place_size(&s), *key_along = bf16 ? more : key,
+        *query_pairs = bf16 ? more + size : query, *out_pairs = bf16 ? more + 2 * size : d_out,
+        *dw_pairs = bf16 ? more + 3 * size : dw;
   memset(d_smear, 0, 4 * s.G * s.K);
   for (int64_t b = 0; b < s.B; b++) {
     place_at(&p, call, b, &s);
@@ -283,28 +330,54 @@ XLA_FFI_Error *mix_back(XLA_FFI_CallFrame *call) {
       put_in_place(one, raw, k_gain, 1, &p, &s);
       smear_keys(key, one, smear + g * s.K, &p, &s);
       gather(value, v + group, k_step, s.K, &s);
+      if (bf16) {
+        for (int64_t i = 0; i < s.K; i++)
+          pair_along(key_along + i * s.row, key + i * s.row, blocks_end(&s));
+        pair_rows(key, key, s.row, s.K, s.row);
+        pair_rows(value, value, s.row, s.K, s.row);
+      }
       memset(d_key, 0, 4 * 2 * rows);
       for (int64_t h = g * J; h < (g + 1) * J; h++) {
         int64_t head = b * s.T * q_step + h * s.K;
         gather(raw, q + head, q_step, s.K, &s);
         put_in_place(query, raw, q_gain, scale, &p, &s);
         gather(d_out, dy + head, q_step, s.K, &s);
+        if (bf16) {
+          pair_rows(query_pairs, query, s.row, s.K, s.row);
+          pair_rows(out_pairs, d_out, s.row, s.K, s.row);
+        }
         for (int64_t t = 0; t < s.T; t++) {
           logs[t] = log_total[(b * s.H + h) * s.T + t];
           shift[t] = dot(dy + head + t * q_step, mixed + head + t * q_step, s.K);
         }
         for (int64_t first = 0; first < s.T; first += BLOCK) {
-          int64_t end = first + BLOCK, low = p.begin[first], keys = end - low;
-          multiply(w, BLOCK, key + low, 1, s.row, query + first, s.row, keys, BLOCK, s.K, 0);
-          multiply(dw, BLOCK, value + low, 1, s.row, d_out + first, s.row, keys, BLOCK, s.K, 0);
+          int64_t end = first + BLOCK, low = p.begin[first] & -2, keys = end - low;
+          multiply(bf16, w, BLOCK, key + low, 1, s.row, query_pairs + first, s.row, keys, BLOCK,
+                   s.K >> bf16, 0);
+          multiply(bf16, dw, BLOCK, value + low, 1, s.row, out_pairs + first, s.row, keys, BLOCK,
+                   s.K >> bf16, 0);
           weigh_back(w, dw, first, low, end, logs, shift, &p);
-          multiply(d + first, s.row, key + low, s.row, 1, dw, BLOCK, s.K, BLOCK, keys, 0);
           turn(query_rows, s.wide, query + first, s.row, s.K, BLOCK);
-          turn(out_rows, s.wide, d_out + first, s.row, s.K, BLOCK);
-          multiply(d_key + low * s.wide, s.wide, dw, BLOCK, 1, query_rows, s.wide, keys, s.wide,
-                   BLOCK, 1);
-          multiply(d_value + low * s.wide, s.wide, w, BLOCK, 1, out_rows, s.wide, keys, s.wide,
-                   BLOCK, 1);
+          for (int64_t t = 0; t < BLOCK; t++)
+            if (first + t < s.T)
+              memcpy(out_rows + t * s.wide, dy + head + (first + t) * q_step, 4 * s.K);
+            else
+              memset(out_rows + t * s.wide, 0, 4 * s.K);
+          if (bf16) {
+            pair_rows(dw_pairs, dw, BLOCK, keys, BLOCK);
+            for (int64_t n = 0; n < keys; n++) {
+              pair_along(w + n * BLOCK, w + n * BLOCK, BLOCK);
+              pair_along(dw + n * BLOCK, dw + n * BLOCK, BLOCK);
+            }
+            pair_rows(query_rows, query_rows, s.wide, BLOCK, s.wide);
+            pair_rows(out_rows, out_rows, s.wide, BLOCK, s.wide);
+          }
+          multiply(bf16, d + first, s.row, key_along + (low >> bf16), s.row, 1, dw_pairs, BLOCK,
+                   s.K, BLOCK, keys >> bf16, 0);
+          multiply(bf16, d_key + low * s.wide, s.wide, dw, BLOCK, 1, query_rows, s.wide, keys,
+                   s.wide, BLOCK >> bf16, 1);
+          multiply(bf16, d_value + low * s.wide, s.wide, w, BLOCK, 1, out_rows, s.wide, keys,
+                   s.wide, BLOCK >> bf16, 1);
         }
         put_back(d, raw, q_gain, q_sums, scale, &p, &s);
         scatter(dq + head, d, q_step, &s);
@@ -325,3 +398,8 @@ XLA_FFI_Error *mix_back(XLA_FFI_CallFrame *call) {
   free(room);
   return 0;
 }
+
+XLA_FFI_Error *mix(XLA_FFI_CallFrame *call) { return mix_in(0, call); }
+XLA_FFI_Error *mix_back(XLA_FFI_CallFrame *call) { return mix_back_in(0, call); }
+XLA_FFI_Error *bf16_mix(XLA_FFI_CallFrame *call) { return mix_in(1, call); }
+XLA_FFI_Error *bf16_mix_back(XLA_FFI_CallFrame *call) { return mix_back_in(1, call); }

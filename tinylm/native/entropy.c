@@ -1,16 +1,18 @@
-/* The cross-entropy of a tied or untied head with its gradient, float32, no logits kept.
+/* The cross-entropy of a tied or untied head with its gradient, no logits kept.
 
    entropy: x [B, T, D], table [V, D], targets [B, T], weights [B, T], z [] -> nll, log_total [B, T]
    and d x, d table of sum(weights (nll + z log_total^2)).
+   bf16_entropy: the same, the operands of products rounded to bfloat16.
    Two vectors of positions at a time, whose logits [V, positions] stay in the cache; each position
    is a lane, so nothing is added up across lanes. */
 #include "arithmetic.h"
 #include "call.h"
 
 #define ROWS (2 * LANES)
-#define SOME 256 /* rows of the table whose gradients are made while their logits are at hand */
+#define SOME 128 /* rows of the table whose gradients are made while their logits are at hand */
 
-XLA_FFI_Error *entropy(XLA_FFI_CallFrame *call) {
+static inline __attribute__((always_inline)) XLA_FFI_Error *entropy_in(int bf16,
+                                                                       XLA_FFI_CallFrame *call) {
   if (described(call)) return 0;
   XLA_FFI_Buffer *xs = given(call, 0), *tables = given(call, 1);
   const float *x = xs->data, *table = tables->data, *weights = given(call, 3)->data;
@@ -20,10 +22,22 @@ XLA_FFI_Error *entropy(XLA_FFI_CallFrame *call) {
         *d_table = result(call, 3)->data;
   int64_t N = xs->dims[0] * xs->dims[1], D = xs->dims[2], V = tables->dims[0];
   int64_t wide = up_to(D, LANES);
-  float *room = room_for(V * ROWS + 2 * D * ROWS + ROWS * wide + V * wide);
+  int64_t even = up_to(V, 2), far = up_to(D, 2 * LANES); /* of the table's pairs, in floats */
+  float *room = room_for(V * ROWS + ROWS + 2 * wide * ROWS + ROWS * wide + V * wide +
+                         (bf16 ? even * far + 2 * far + SOME * ROWS / 2 : 0));
   if (!room) return fault(call, "no memory for the cross-entropy");
-  float *logits = room, *turned = logits + V * ROWS, *d_turned = turned + D * ROWS,
-        *rows = d_turned + D * ROWS, *sums = rows + ROWS * wide;
+  float *logits = room, *turned = logits + V * ROWS + ROWS, *d_turned = turned + wide * ROWS,
+        *rows = d_turned + wide * ROWS, *sums = rows + ROWS * wide;
+  /* pairs along the table's rows, [V, far / 2], and of its rows, [V / 2, far]; of some logits */
+  float *along = sums + V * wide, *across = along + even * far / 2,
+        *two = across + even * far / 2, *part_along = two + 2 * far;
+  int64_t inner = bf16 ? up_to(D, 2) / 2 : D, row = bf16 ? far / 2 : D, down = bf16 ? far : D;
+  for (int64_t v = 0; bf16 && v < V; v += 2) {
+    memcpy(two, table + v * D, 4 * D);
+    if (v + 1 < V) memcpy(two + far, table + (v + 1) * D, 4 * D);
+    pair_along(along + v * row, two, 2 * far);
+    pair_rows(across + v * row, two, far, 2, far);
+  }
   for (int64_t first = 0; first < N; first += ROWS) {
     int64_t here = N - first < ROWS ? N - first : ROWS;
     float share[ROWS] __attribute__((aligned(64))) = {0};
@@ -32,7 +46,11 @@ XLA_FFI_Error *entropy(XLA_FFI_CallFrame *call) {
     for (int64_t r = 0; r < here; r++)
       for (int64_t d = 0; d < D; d++)
         turned[d * ROWS + r] = rows[r * wide + d] = x[(first + r) * D + d];
-    multiply(logits, ROWS, table, D, 1, turned, ROWS, V, ROWS, D, 0);
+    if (bf16) {
+      pair_rows(turned, turned, ROWS, up_to(D, 2), ROWS);
+      pair_rows(rows, rows, wide, ROWS, wide);
+    }
+    multiply(bf16, logits, ROWS, bf16 ? along : table, row, 1, turned, ROWS, V, ROWS, inner, 0);
     for (int64_t half = 0; half < ROWS; half += LANES) {
       Floats most = AT(logits + half), total = {0};
       for (int64_t v = 1; v < V; v++) most = larger(AT(logits + v * ROWS + half), most);
@@ -62,8 +80,15 @@ XLA_FFI_Error *entropy(XLA_FFI_CallFrame *call) {
         int64_t at = targets[first + r] - v;
         if (at >= 0 && at < some) part[at * ROWS + r] -= weights[first + r];
       }
-      multiply(d_turned, ROWS, table + v * D, 1, D, part, ROWS, D, ROWS, some, v > 0);
-      multiply(sums + v * wide, wide, part, ROWS, 1, rows, wide, some, wide, ROWS, 1);
+      if (bf16) {
+        pair_along(part_along, part, some * ROWS);
+        if (some % 2) memset(part + some * ROWS, 0, 4 * ROWS);
+        pair_rows(part, part, ROWS, up_to(some, 2), ROWS);
+      }
+      multiply(bf16, d_turned, ROWS, bf16 ? across + v * row : table + v * D, 1, down, part,
+               ROWS, D, ROWS, bf16 ? up_to(some, 2) / 2 : some, v > 0);
+      multiply(bf16, sums + v * wide, wide, bf16 ? part_along : part, ROWS >> bf16, 1, rows, wide,
+               some, wide, ROWS >> bf16, 1);
     }
     for (int64_t r = 0; r < here; r++)
       for (int64_t d = 0; d < D; d++) dx[(first + r) * D + d] = d_turned[d * ROWS + r];
@@ -72,3 +97,6 @@ XLA_FFI_Error *entropy(XLA_FFI_CallFrame *call) {
   free(room);
   return 0;
 }
+
+XLA_FFI_Error *entropy(XLA_FFI_CallFrame *call) { return entropy_in(0, call); }
+XLA_FFI_Error *bf16_entropy(XLA_FFI_CallFrame *call) { return entropy_in(1, call); }

@@ -23,7 +23,8 @@ ROOM = Path(__file__).parent
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC")
 PRODUCTS = ("plain", "right_turned", "left_turned")
 """a b, a b' and a' b, by oneDNN"""
-OURS = ("mix", "mix_back", "norm", "norm_back", "gate", "gate_back", "entropy")
+OURS = ("mix", "mix_back", "norm", "norm_back", "gate", "gate_back", "entropy",
+        "bf16_mix", "bf16_mix_back", "bf16_entropy")
 
 _FAULTS = (importlib.metadata.PackageNotFoundError, OSError, subprocess.SubprocessError,
            AttributeError)  # the last: a library without that function
