@@ -14,8 +14,8 @@ from tinylm.model.product import FULL, Arithmetic, can_call, foreign, named
 
 WIDEST = {"float32": 80, "bfloat16": 128}
 """channels below which it is faster than products by a library and XLA's logits: in float32 at 512
-positions 1.8 times as fast at 16 (V=2048), 1.2 at 64 (1024), .95 at 96 (by hand:
-experiments/LOG.md)"""
+positions 1.8 times as fast at 16 (V=2048), 1.2 at 64 (1024), .95 at 96; a step in bfloat16 with it
+takes .8 of the time at 24, .93 at 96 (2048), 1.02 at 128 (1024) (by hand: experiments/LOG.md)"""
 
 
 def pays(by: Arithmetic, D: int) -> bool:

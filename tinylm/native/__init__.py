@@ -1,1 +1,1 @@
-"""Functions in C that XLA's CPU calls: oneDNN's product, attention, a narrow model's loss."""
+"""Functions in C that XLA's CPU calls: products, attention, norms, gates, a narrow model's loss."""

@@ -67,8 +67,8 @@ static inline Floats add_pairs(Floats sum, Ints a, Floats b) {
 
 /* to the nearest, ties to even */
 static inline Ints rounded(Floats x) {
-  Ints bits = (Ints)x;
-  return (bits + 0x7fff + (bits >> 16 & 1)) & ~0xffff;
+  Ints bits = (Ints)x, up = bits + 0x7fff + (bits >> 16 & 1);
+  return (Ints)pick(x == x, (Floats)up, x) & ~0xffff;
 }
 
 static inline Floats pairs_of(Floats a, Floats b) {
@@ -76,7 +76,7 @@ static inline Floats pairs_of(Floats a, Floats b) {
 }
 #endif
 
-/* pairs of `count` rows, whole vectors of columns; may write over its source */
+/* pairs of an even `count` of rows, whole vectors of columns; may write over its source */
 static inline void pair_rows(float *to, const float *from, int64_t row, int64_t count,
                              int64_t columns) {
   for (int64_t r = 0; r < count; r += 2)

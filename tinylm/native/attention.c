@@ -4,7 +4,8 @@
              and sines [., T, K/2], begin [., T], never falling
              -> mixed [B, T, H, K], log_total [B, H, T]
    mix_back: these eleven, d mixed -> d q, d k, d v, d gains, d smear
-   bf16_mix, bf16_mix_back: the same, the operands of products rounded to bfloat16
+   bf16_mix, bf16_mix_back: the same, the operands of products rounded to bfloat16; blocks begin at
+             even keys
    Queries and keys are normalised and rotated, keys smeared, as attention.py has it; a query sees
    the keys from `begin` to its own. Weights live for one block only and are computed again on the
    way back from the logarithm of their sum (Dao 2023, 2307.08691).
@@ -38,7 +39,6 @@ static inline void turn_four(float *to, int64_t to_row, const float *from, int64
 }
 
 #if LANES == 16
-typedef float Eight __attribute__((vector_size(32), aligned(4), may_alias));
 #define EIGHT 0, 1, 2, 3, 4, 5, 6, 7
 #define TWO_ROWS(n) MERGE(ROW(n), ROW(n + 4), EIGHT)
 #define FOUR_ROWS(n) MERGE(TWO_ROWS(n), TWO_ROWS(n + 8), EIGHT, 8, 9, 10, 11, 12, 13, 14, 15)
@@ -50,6 +50,11 @@ static inline void turn_sixteen(float *to, int64_t to_row, const float *from, in
   TURN(Floats, 16, FOUR_ROWS, SIXTEEN);
 }
 #endif
+#else
+static inline void turn_four(float *to, int64_t to_row, const float *from, int64_t from_row) {
+  for (int r = 0; r < 4; r++)
+    for (int i = 0; i < 4; i++) to[i * to_row + r] = from[r * from_row + i];
+}
 #endif
 
 /* to[i, r] = from[r, i] */
@@ -63,9 +68,7 @@ static void turn(float *to, int64_t to_row, const float *from, int64_t from_row,
 #if defined(TURN) && LANES == 16
   TURN_ALL(16, turn_sixteen);
 #endif
-#ifdef TURN
   TURN_ALL(4, turn_four);
-#endif
   for (int64_t n = 0; n < rows; n++)
     for (int64_t i = n < r ? fours : 0; i < columns; i++)
       to[i * to_row + n] = from[n * from_row + i];
@@ -197,27 +200,26 @@ static inline Ints seen_by(int64_t t, int64_t n, const Place *p) {
   return (query >= (int32_t)n) & (*(Ints *)(p->begin + t) <= (int32_t)n);
 }
 
-/* before which key all of a block's queries see all from `low` on */
-static inline int64_t open_to(int64_t first, int64_t low, const Place *p) {
-  return p->begin[first + BLOCK - 1] <= low ? first : low;
+/* whether a query of the block from `first` on may not see key n */
+static inline int masks(int64_t n, int64_t first, const Place *p) {
+  return n < p->begin[first + BLOCK - 1] || n >= first;
 }
 
 /* Turn scores [keys from low to end, BLOCK], queries from `first` on, into weights, 0 where a key
    is not seen, and give the sums of these and the logarithms of the sums of e^score. */
 static void weigh(float *scores, int64_t first, int64_t low, int64_t end, float *total,
                   float *log_total, const Place *p) {
-  int64_t open = open_to(first, low, p);
   for (int64_t half = 0; half < BLOCK; half += LANES) {
     Floats most = all(-INFINITY), sum = {0};
     for (int64_t n = low; n < end; n++) {
       Floats score = AT(scores + (n - low) * BLOCK + half);
-      if (n >= open) score = pick(seen_by(first + half, n, p), score, most);
+      if (masks(n, first, p)) score = pick(seen_by(first + half, n, p), score, most);
       most = larger(score, most);
     }
     for (int64_t n = low; n < end; n++) {
       float *at = scores + (n - low) * BLOCK + half;
       Floats w = power(AT(at) - most);
-      if (n >= open) w = (Floats)(seen_by(first + half, n, p) & (Ints)w);
+      if (masks(n, first, p)) w = (Floats)(seen_by(first + half, n, p) & (Ints)w);
       AT(at) = w;
       sum += w;
     }
@@ -259,7 +261,7 @@ static inline __attribute__((always_inline)) XLA_FFI_Error *mix_in(int bf16,
         put_in_place(query, raw, q_gain, 1 / sqrtf(s.K), &p, &s);
         if (bf16) pair_rows(query, query, s.row, s.K, s.row);
         for (int64_t first = 0; first < s.T; first += BLOCK) {
-          int64_t end = first + BLOCK, low = p.begin[first] & -2;
+          int64_t end = first + BLOCK, low = p.begin[first] & -(1 + bf16);
           float total[BLOCK] __attribute__((aligned(64))), logs[BLOCK];
           multiply(bf16, weights, BLOCK, key + low, 1, s.row, query + first, s.row, end - low,
                    BLOCK, s.K >> bf16, 0);
@@ -280,15 +282,14 @@ static inline __attribute__((always_inline)) XLA_FFI_Error *mix_in(int bf16,
   return 0;
 }
 
-/* Turn scores into weights w, as `weigh` does, and dy v into d scores = w (dy v - shift). */
+/* Turn scores into the weights w that `weigh` gave them, and dy v into d scores = w (dy v - shift). */
 static void weigh_back(float *scores, float *d_scores, int64_t first, int64_t low, int64_t end,
                        const float *log_total, const float *shift, const Place *p) {
-  int64_t open = open_to(first, low, p);
   for (int64_t n = low; n < end; n++)
     for (int64_t half = 0; half < BLOCK; half += LANES) {
       int64_t at = (n - low) * BLOCK + half, t = first + half;
       Floats w = power(AT(scores + at) - AT(log_total + t));
-      if (n >= open) w = (Floats)(seen_by(t, n, p) & (Ints)w);
+      if (masks(n, first, p)) w = (Floats)(seen_by(t, n, p) & (Ints)w);
       AT(scores + at) = w;
       AT(d_scores + at) = w * (AT(d_scores + at) - AT(shift + t));
     }
@@ -351,7 +352,7 @@ static inline __attribute__((always_inline)) XLA_FFI_Error *mix_back_in(int bf16
           shift[t] = dot(dy + head + t * q_step, mixed + head + t * q_step, s.K);
         }
         for (int64_t first = 0; first < s.T; first += BLOCK) {
-          int64_t end = first + BLOCK, low = p.begin[first] & -2, keys = end - low;
+          int64_t end = first + BLOCK, low = p.begin[first] & -(1 + bf16), keys = end - low;
           multiply(bf16, w, BLOCK, key + low, 1, s.row, query_pairs + first, s.row, keys, BLOCK,
                    s.K >> bf16, 0);
           multiply(bf16, dw, BLOCK, value + low, 1, s.row, out_pairs + first, s.row, keys, BLOCK,

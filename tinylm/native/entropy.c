@@ -22,13 +22,14 @@ static inline __attribute__((always_inline)) XLA_FFI_Error *entropy_in(int bf16,
         *d_table = result(call, 3)->data;
   int64_t N = xs->dims[0] * xs->dims[1], D = xs->dims[2], V = tables->dims[0];
   int64_t wide = up_to(D, LANES);
-  int64_t even = up_to(V, 2), far = up_to(D, 2 * LANES); /* of the table's pairs, in floats */
+  int64_t even = up_to(V, 2), far = up_to(D, 2 * LANES); /* the table's rows and columns in pairs */
   float *room = room_for(V * ROWS + ROWS + 2 * wide * ROWS + ROWS * wide + V * wide +
                          (bf16 ? even * far + 2 * far + SOME * ROWS / 2 : 0));
   if (!room) return fault(call, "no memory for the cross-entropy");
   float *logits = room, *turned = logits + V * ROWS + ROWS, *d_turned = turned + wide * ROWS,
         *rows = d_turned + wide * ROWS, *sums = rows + ROWS * wide;
-  /* pairs along the table's rows, [V, far / 2], and of its rows, [V / 2, far]; of some logits */
+  /* pairs along the table's rows, [even, far / 2], and of its rows, [even / 2, far], where what an
+     odd last row is paired with meets zeros; pairs of some logits */
   float *along = sums + V * wide, *across = along + even * far / 2,
         *two = across + even * far / 2, *part_along = two + 2 * far;
   int64_t inner = bf16 ? up_to(D, 2) / 2 : D, row = bf16 ? far / 2 : D, down = bf16 ? far : D;

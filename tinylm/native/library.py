@@ -20,7 +20,7 @@ from pathlib import Path
 
 PACKAGE, DNNL = "onednn-cpu-gomp", "libdnnl.so.3"
 ROOM = Path(__file__).parent
-FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC")
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-ffp-contract=fast", "-shared", "-fPIC")
 PRODUCTS = ("plain", "right_turned", "left_turned")
 """a b, a b' and a' b, by oneDNN"""
 OURS = ("mix", "mix_back", "norm", "norm_back", "gate", "gate_back", "entropy",
