@@ -5,14 +5,14 @@ question   At the benchmark's shapes s and m and the ladder's ends, over paired 
            plain f32) that of the rule's plan, with oneDNN and our C, than XLA's alone?
 command    python experiments/bf16_loss.py --out studies/bf16_loss --widths --seeds 16
            --steps 300 --batch 2048
-cost       40 minutes a shape on two cores (AVX2), a minute on an H200
+cost       3 minutes at s and 12 at m on two cores with AVX-512, a minute on an H200
 expected   upper 95% bound of the mean difference below .005 nats at s and m
-result     8 pairs at s (600 steps of 512 tokens): -.0059, bound +.0011; 16 at m: -.0002, bound
-           +.0037 (results/bf16_loss.json), and -.0002, bound +.0029, on an H200, which rounds sums
-           too (bf16_loss_h200.json). With 512 tokens a step the members of a pair at m end .024
-           apart, and 32 pairs show only +.0005, bound +.0078. 8 pairs of the rule's plan and
-           XLA's float32 (300 steps of 2048): -.00001, bound +.00001, at s, +.0001, bound +.0004,
-           at m (f32_loss.json)
+result     16 pairs, bf16 by our C too (300 steps of 2048 tokens): -.0035, bound -.0003, at s,
+           -.0011, bound +.0032, at m (results/bf16_loss.json); at m on an H200, which rounds sums
+           too, -.0002, bound +.0029 (bf16_loss_h200.json). With 512 tokens a step the members of a
+           pair at m end .024 apart, and 32 pairs, before there was C, show only +.0005, bound
+           +.0078. 8 pairs of the rule's plan and XLA's float32: -.00001, bound +.00001, at s,
+           +.0001, bound +.0004, at m (f32_loss.json)
 """
 
 import sys
