@@ -10,8 +10,8 @@ command    python experiments/peers.py --nanogpt CHECKOUT --out studies/peers
 cost       5 to 20 minutes a shape on two cores, most of it torch (--steps 16 at l and xl)
 expected   to compiled bf16 at least 2.0, 1.4, 1.15, .95 times at s, m, l, xl; to tuned torch 1.6,
            1.15, 1.0, .9; decoding 12 and 25 times at batch 1 and 64
-result     jax 0.12: 2.18, 1.43, 1.15, 1.05 at s, m, l, xl; torch tuned 1.32, 1.10, 1.12, 1.09;
-           decoding 68 and 27 at s, 34 and 29 times at m: experiments/results/peers_py312.json,
+result     jax 0.12: 3.05, 1.72, 1.41, 1.18 at s, m, l, xl; torch tuned 2.51, 1.71, 1.34, 1.19;
+           decoding 93 and 64 at s, 45 and 54 times at m: experiments/results/peers_py312.json,
            and peers_py311.json for jax 0.10; other processors: peers_avx2.json, peers_xeon.json,
            peers_xeon_py311.json, where float32 is the faster type for both and ours is by oneDNN
            and our C: 3.39, 2.42, 2.14, 1.80 over compiled bf16 and 3.34, 2.52, 1.90, 1.80 over
