@@ -8,9 +8,9 @@ command    python experiments/cost_by_size.py --results experiments/results
 cost       about 12 minutes on two cores, half of it compiling
 expected   from m (D=128) on 60% of the machine's float32 rate or more; below it less, for attention
            and norms; memory the same at any batch
-result     with bfloat16 products 83% to 109% of the best float32 product from D=128 on, without
-           48% to 61%; time ~ FLOPs^.88 (float32), ^.85; memory grows by 1.3% at most
-           (results/cost_by_size.*)
+result     with bfloat16 products 103% to 127% of the best float32 product from D=128 on, without
+           66% to 79% (two Zen 4 cores); time ~ FLOPs^.91 (float32), ^.86; memory grows by 3.2% at
+           most (results/cost_by_size.*)
 """
 
 import functools
