@@ -29,7 +29,7 @@ static inline __attribute__((always_inline)) XLA_FFI_Error *entropy_in(int bf16,
   float *logits = room, *turned = logits + V * ROWS + ROWS, *d_turned = turned + wide * ROWS,
         *rows = d_turned + wide * ROWS, *sums = rows + ROWS * wide;
   /* pairs along the table's rows, [even, far / 2], and of its rows, [even / 2, far], where what an
-     odd last row is paired with meets zeros; pairs of some logits */
+     odd last row is paired with meets the zeros behind the logits; pairs of some logits */
   float *along = sums + V * wide, *across = along + even * far / 2,
         *two = across + even * far / 2, *part_along = two + 2 * far;
   int64_t inner = bf16 ? up_to(D, 2) / 2 : D, row = bf16 ? far / 2 : D, down = bf16 ? far : D;
@@ -83,7 +83,6 @@ static inline __attribute__((always_inline)) XLA_FFI_Error *entropy_in(int bf16,
       }
       if (bf16) {
         pair_along(part_along, part, some * ROWS);
-        if (some % 2) memset(part + some * ROWS, 0, 4 * ROWS);
         pair_rows(part, part, ROWS, up_to(some, 2), ROWS);
       }
       multiply(bf16, d_turned, ROWS, bf16 ? across + v * row : table + v * D, 1, down, part,
