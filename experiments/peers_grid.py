@@ -6,8 +6,8 @@ command    python experiments/peers_grid.py --nanogpt CHECKOUT --study studies/l
            (--python names one that has torch, where this one has not)
 cost       about 10 minutes on two cores, most of it torch compiling
 expected   at least 3 times our sweep's wall time
-result     55.2 minutes against 8.3: 6.65 times (results/peers_grid_xeon.json), with a smaller
-           grid, without C, 35.1 against 9.8: 3.58 times (results/peers_grid.json)
+result     40.7 minutes against 6.7: 6.11 times on two Zen 4 cores (results/peers_grid.json),
+           55.2 against 8.3: 6.65 times on two Xeon cores (results/peers_grid_xeon.json)
 
 Every third run by FLOPs is started and timed for some seconds, nanoGPT and then ours in two pinned
 processes, as a sweep has them; its start-up is the mean of these, the rates of the other runs are

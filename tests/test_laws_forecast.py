@@ -163,7 +163,7 @@ def test_the_ledger_only_grows_and_holds_a_forecast_once(one, tmp_path):
         ledger.write_bytes(data)
         with pytest.raises(BadInput, match="ledger.csv"):
             forecast.append_to_ledger(ledger, score)
-    assert len(forecast.ledger(RESULTS / "forecasts.csv")) == 16
+    assert len(forecast.ledger(RESULTS / "forecasts.csv")) == 17
 
 
 def test_laws_that_forecast_the_sweep_better_weigh_more():
