@@ -105,7 +105,7 @@ class Found(NamedTuple):
 
 
 def main(args: Args) -> int:
-    """Do every check, print a line each, write the record; 1 where any failed."""
+    """Do every check, print a line each, keep the record of those done; 1 where any failed."""
     if args.nanogpt and not (args.nanogpt / "model.py").exists():
         raise BadInput(f"{args.nanogpt} holds no model.py; give a checkout of nanoGPT")
     began, rows = time.monotonic(), []
@@ -121,11 +121,11 @@ def main(args: Args) -> int:
                 "error": f"{type(fault).__name__}: {fault}".splitlines()[0][:300]}}
         rows.append(row)
         progress.say(told(row))
-    record = {"schema": 1, "what": "device", "toy": args.toy, "versions": machine.versions(),
-              "environment": machine.environment(), "seconds": time.monotonic() - began,
-              "passed": all(r["passed"] for r in rows), "checks": rows}
-    files.write_json(args.results / ("toy.json" if args.toy else "device.json"), record)
-    return 0 if record["passed"] else 1
+        files.write_json(args.results / ("toy.json" if args.toy else "device.json"), {
+            "schema": 1, "what": "device", "toy": args.toy, "versions": machine.versions(),
+            "environment": machine.environment(), "seconds": time.monotonic() - began,
+            "passed": all(r["passed"] for r in rows), "checks": rows})
+    return 0 if all(r["passed"] for r in rows) else 1
 
 
 def told(row: dict[str, Any]) -> str:
@@ -141,9 +141,9 @@ def checks(args: Args, sizes: Sizes,
     yield "machine", ceiling
     yield "attention", functools.partial(mixing, sizes)
     text = functools.cache(lambda: corpus(args.out))
-    yield "resume, one run", lambda: resumed(args.out / "one", text(), 1)
-    yield "resume, a population", lambda: resumed(args.out / "many", text(), 4)
-    yield "learning", lambda: learning(args.out / "learning", text(), sizes)
+    yield "resume, one run", lambda: resumed(text().folder / "one", text(), 1)
+    yield "resume, a population", lambda: resumed(text().folder / "many", text(), 4)
+    yield "learning", lambda: learning(text().folder / "learning", text(), sizes)
     for batch, remat, scanned in sizes.tries:
         name = f"124M, {batch} rows" + ", recomputed" * remat + ", scanned" * scanned
         yield name, functools.partial(large, sizes, batch, remat, scanned, rows)
@@ -201,11 +201,12 @@ def mixing(sizes: Sizes) -> Found:
 
 
 def corpus(out: Path) -> Any:
-    """Prepare a small text that is always there: this package's sources."""
-    rows = [json.dumps({"text": p.read_text("utf-8")})
-            for p in sorted((ROOT / "tinylm").rglob("*.py"))]
-    files.write_text(out / "sources.jsonl", "\n".join(rows) + "\n")
-    return prepare.prepare(out / "text", corpora.load([out / "sources.jsonl"]), 384)[0]
+    """Prepare a small text that is always there: this package's sources, as they are now."""
+    rows = "".join(json.dumps({"text": p.read_text("utf-8")}) + "\n"
+                   for p in sorted((ROOT / "tinylm").rglob("*.py")))
+    files.write_text(out / "sources.jsonl", rows)
+    return prepare.prepare(out / f"text-{files.sha256_of(rows.encode())[:16]}",
+                           corpora.load([out / "sources.jsonl"]), 384)[0]
 
 
 def small(data: Any, steps: int, seed: int = 0) -> PretrainConfig:

@@ -93,3 +93,14 @@ def test_a_folder_that_is_no_checkout_is_refused_before_any_check(tmp_path, chec
     with pytest.raises(BadInput, match="holds no model.py"):
         checks.main(checks.Args(tmp_path / "out", nanogpt=tmp_path, toy=True, results=tmp_path))
     assert not list(tmp_path.iterdir())
+
+
+def test_what_was_checked_is_kept_when_the_rest_is_cut_off(tmp_path, monkeypatch, checks):
+    def two(args, sizes, rows):
+        yield "first", lambda: checks.Found(1.0, "x")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checks, "checks", two)
+    with pytest.raises(KeyboardInterrupt):
+        checks.main(checks.Args(tmp_path / "out", toy=True, results=tmp_path))
+    assert [r["value"] for r in files.read_json(tmp_path / "toy.json")["checks"]] == [1.0]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from test_stages_pretrain import bits, config, data  # noqa: F401  (fixtures)
 
-from tinylm import files, leases
+from tinylm import files, leases, machine
 from tinylm.config import BadInput, from_json, to_json
 from tinylm.stages.pretrain import PretrainConfig
 from tinylm.sweep import cells, presets, runner, times, worker
@@ -193,15 +193,25 @@ def test_the_rest_of_a_sweep_is_trained_as_it_was_begun_or_adopted_on_record(con
     with pytest.raises(BadInput, match="begun with --population 2, not 3"):
         runner._settle(tmp_path, wanted, 3)
     place = tmp_path / "sweep.json"
-    for change in ({"code_id": "0" * 16}, {"versions": {"jax": "0.9"}}):
+    for change in ({"code_id": "0" * 16}, {"versions": {"jax": "0.9"}}, {"instructions": "avx"},
+                   *({name: "9.9"} for name in machine.LIBRARIES
+                     if any(p[name] for p in begun["plans"].values()))):
         files.write_json(place, begun | change)
         with pytest.raises(BadInput, match=f"tinylm adopt {tmp_path}"):
             runner._settle(tmp_path, wanted, 0)
         assert run.adopt_sweep(place) and not run.adopt_sweep(place)
         (key, value), = change.items()
         assert runner._settle(tmp_path, wanted, 0)["adopted_from"][-1][key] == value
-    files.write_json(place, {k: v for k, v in begun.items() if k not in ("code_id", "versions")})
+    files.write_json(place, {k: v for k, v in begun.items() if k not in run.surroundings()})
     runner._settle(tmp_path, wanted, 0)  # a list of before did not say
+    without = {n: p | dict.fromkeys(machine.LIBRARIES, False) for n, p in begun["plans"].items()}
+    files.write_json(place, begun | {"plans": without, "native": "9.9"})
+    runner._settle(tmp_path, wanted, 0)  # which none of its plans uses
+    files.write_json(place, begun | {"backend": "tpu"})
+    for go_on in (lambda: runner._settle(tmp_path, wanted, 0), lambda: run.adopt_sweep(place)):
+        with pytest.raises(BadInput, match=f"{tmp_path} was begun with backend='tpu', this is "
+                           "backend='.*'; go on as it was begun, or choose a new folder"):
+            go_on()
 
 
 def test_names_are_unique_and_safe(configs):

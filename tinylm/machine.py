@@ -59,6 +59,9 @@ BITS = ("backend", "device", "instructions", "xla_flags", "matmul_precision", "t
         "onednn", "native")
 """the facts of an environment that bits depend on; not the number of cores, which `pin` sees to"""
 
+LIBRARIES = ("onednn", "native")
+"""those of them that matter to a plan that has a field of the name set"""
+
 PLAIN = Plan()
 """one model on one device, layers written out: how a loss is evaluated"""
 
@@ -243,16 +246,23 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **found}
 
 
+def basis(backend: str) -> dict[str, str]:
+    """Give what plans are made for and bits depend on; JAX need not have started."""
+    cpu = backend == "cpu"
+    return {"backend": backend, "instructions": library.instructions(),
+            "onednn": library.onednn(cache()) if cpu else "",
+            "native": library.compiler(cache()) if cpu else ""}
+
+
 def environment() -> dict[str, Any]:
     """Describe the host for environment.json, which no hash covers; bits depend on BITS of it."""
     import jax
 
     device = jax.devices()[0]
     return {"platform": platform.platform(), "processor": library.cpuinfo("model name"),
-            "cores": len(cores()), "instructions": library.instructions(),
-            "backend": jax.default_backend(), "device": device.device_kind,
-            "devices": jax.device_count(), "xla_flags": os.environ.get("XLA_FLAGS", ""),
+            "cores": len(cores()),
+            "device": device.device_kind, "devices": jax.device_count(),
+            "xla_flags": os.environ.get("XLA_FLAGS", ""),
             "matmul_precision": str(jax.config.jax_default_matmul_precision or ""),
             "threads": "one" if os.environ.get("NPROC") == "1" else "several",
-            "onednn": library.onednn(cache()) if jax.default_backend() == "cpu" else "",
-            "native": library.compiler(cache()) if jax.default_backend() == "cpu" else ""}
+            **basis(jax.default_backend())}

@@ -101,7 +101,10 @@ def _settle(folder: Path, wanted: dict[str, PretrainConfig], population: int) ->
         if population not in (0, listed.get("population", population)):
             raise BadInput(f"{folder} was begun with --population {listed['population']}, not "
                            f"{population}; go on with that or choose a new folder")
-        _same_code(folder, listed, wanted)
+        if not all(run.record(folder / n) for n in wanted):
+            run.same(place, listed, run.surroundings(), tuple(
+                k for k in run.surroundings() if k in listed and (
+                    k not in machine.LIBRARIES or any(p.get(k) for p in listed["plans"].values()))))
         return listed
     backend, count = machine.survey()
     alone = backend != "cpu" or len(wanted) == 1
@@ -110,22 +113,11 @@ def _settle(folder: Path, wanted: dict[str, PretrainConfig], population: int) ->
              for n, c in wanted.items()}
     most = population or (1 if backend == "cpu" else packing.MOST)
     packs, plans = packing.pack(wanted, plans, most, machine.memory() / workers)
-    listed = {"code_id": run.code_id(), "versions": machine.versions(), "population": most,
-              "workers": workers, "packs": packs, "idle": packing.idle(packs, wanted, plans),
+    listed = {**run.surroundings(), "population": most, "workers": workers, "packs": packs,
+              "idle": packing.idle(packs, wanted, plans),
               "plans": {n: dataclasses.asdict(p) for n, p in plans.items()}, "runs": runs}
     files.write_json(place, listed)
     return listed
-
-
-def _same_code(folder: Path, listed: dict[str, Any], wanted: dict[str, PretrainConfig]) -> None:
-    """Refuse to train the rest of a sweep with other code or versions than it was begun with."""
-    if all(run.record(folder / n) for n in wanted):
-        return
-    for key, here in (("code_id", run.code_id()), ("versions", machine.versions())):
-        if (then := listed.get(key, here)) != here:
-            raise BadInput(f"{folder} was begun with {key} {then}, this is {here}; go on as it was "
-                           f"begun, `tinylm adopt {folder}` to go on here and have that recorded, "
-                           "or choose a new folder")
 
 
 def _so_far(folder, wanted):

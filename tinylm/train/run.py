@@ -54,15 +54,15 @@ def settle(folder: Path, config: Any, kind: str, plan: machine.Plan, text: Path)
     if place.exists():
         finished = record(folder)
         begun = _current(files.read_json(place))  # before some fields were there, perhaps
-        _same(place, begun, mine, ("kind",))
+        same(place, begun, mine, ("kind",))
         begun["config"] = configs.to_json(configs.from_json(type(config), begun["config"]))
-        _same(place, begun, mine, ("kind", "config") if finished else
-              ("kind", "config", "versions", "code_id"))
+        same(place, begun, mine, ("kind", "config") if finished else
+             ("kind", "config", "versions", "code_id"))
         plan = configs.from_json(machine.Plan, files.read_json(folder / "plan.json"), "plan.json")
         if not finished:
             kept, here = files.read_json(folder / "environment.json"), machine.environment()
-            _same(place, kept, here, tuple(k for k in machine.BITS if k in kept and (
-                k not in ("onednn", "native") or getattr(plan, k))))
+            same(place, kept, here, tuple(k for k in machine.BITS if k in kept and (
+                k not in machine.LIBRARIES or getattr(plan, k))))
         elif bad := files.changed(folder, finished.get("files", {})):
             raise files.Damaged(f"{bad[0]}; delete {folder} and run again")
         return plan
@@ -80,6 +80,7 @@ def adopt(folder: Path) -> bool:
     """Let a run that has begun go on with the code, versions and machine of here, on record.
 
     False where nothing differs. What it was begun with stays in its config.json and its record.
+    Its plan stays too, so a run cannot change its backend: BadInput.
     """
     folder = Path(folder)
     if record(folder) is not None:
@@ -90,6 +91,7 @@ def adopt(folder: Path) -> bool:
     here = {"code_id": code_id(), "versions": machine.versions(), **machine.environment()}
     if all(here[name] == value for name, value in before.items()):
         return False
+    same(folder / "config.json", before, here, ("backend",) if "backend" in before else ())
     files.write_json(folder / "environment.json", {**kept, **machine.environment()})
     files.write_json(folder / "config.json", {
         **begun, "code_id": here["code_id"], "versions": here["versions"],
@@ -98,14 +100,21 @@ def adopt(folder: Path) -> bool:
 
 
 def adopt_sweep(place: Path) -> bool:
-    """Let a sweep train its other runs with the code and versions of here; its list says so."""
-    found, here = listed(place), {"code_id": code_id(), "versions": machine.versions()}
+    """Let a sweep train its other runs with what is here, as `adopt` does; its list says so."""
+    found, here = listed(place), surroundings()
     before = {name: found[name] for name in here if name in found}
     if all(here[name] == value for name, value in before.items()):
         return False
+    same(place, before, here, ("backend",) if "backend" in before else ())
     files.write_json(place, {**found, **here,
                              "adopted_from": [*found.get("adopted_from", []), before]})
     return True
+
+
+def surroundings() -> dict[str, Any]:
+    """Give what a sweep's bits depend on, as its list has it; JAX need not have started."""
+    return {"code_id": code_id(), "versions": machine.versions(),
+            **machine.basis(machine.survey()[0])}
 
 
 def planned(folder: Path) -> machine.Plan | None:
@@ -239,11 +248,12 @@ def code_id() -> str:
     return total.hexdigest()[:16]
 
 
-def _same(place: Path, old: dict[str, Any], new: dict[str, Any], keys: tuple[str, ...]) -> None:
+def same(place: Path, old: dict[str, Any], new: dict[str, Any], keys: tuple[str, ...]) -> None:
+    """Refuse to go on in `place`'s folder where what it was begun with is not what is here."""
     for key in keys:
         if old.get(key) != new[key]:
             before, after = _first_difference(old.get(key), new[key], key)
-            taken = "" if key in ("kind", "config") else (
+            taken = "" if key in ("kind", "config", "backend") else (
                 f"`tinylm adopt {place.parent}` to go on here and have that recorded, ")
             raise BadInput(f"{place.parent} was begun with {before}, this is {after}; "
                            f"go on as it was begun, {taken}or choose a new folder")

@@ -72,7 +72,8 @@ def _leaves(value: Any, name: str = ""):
 
 def _loss(place: Path, text: Path | None) -> tuple[Any, Any, dict[str, list[Any]]]:
     then = files.read_json(place.parent / "environment.json")
-    if then.get("threads") == "one" and "jax" not in sys.modules:  # other products, by a bit
+    if (then.get("threads"), machine.survey()[0]) == ("one", "cpu") and "jax" not in sys.modules:
+        # other products, by a bit
         machine.pin(1, tuple(machine.cores()[:1]))
     from tinylm.evaluate import heldout  # JAX takes seconds to import
     from tinylm.train import checkpoint
