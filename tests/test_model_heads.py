@@ -56,7 +56,7 @@ def test_a_zero_head_is_ln_2_a_pair_and_a_fresh_one_has_scores_of_deviation_1(pa
     tokens, mask = rows(24, [9, 12, 16, 20], 5)
     flat = heads.normalised(params, 0.0, jnp.inf)
     total, sums = losses.bradley_terry(last(flat, tokens, mask).reshape(2, 2),
-                                       losses.best_first(jnp.ones((2, 2))))
+                                       jnp.triu(jnp.ones((2, 2, 2)), 1))
     assert float(total / sums["weight"]) == pytest.approx(math.log(2))
     wide = ModelConfig(V=32, D=1024, L=1, H=2, T=8)
     weight = jax.eval_shape(lambda k: heads.with_head(wide, {}, k), jax.random.key(0))

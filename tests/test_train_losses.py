@@ -46,8 +46,16 @@ def numbers(shared):
     return {p.stem: json.loads(p.read_text()) for p in (shared / "fixtures").glob("*.json")}
 
 
+def sequence_logp(logits, targets, mask):
+    return jnp.sum(jnp.where(mask > 0, losses.token_logp(logits, targets), 0.0), axis=-1)
+
+
+def best_first(mask):
+    return jnp.triu(mask[:, :, None] * mask[:, None, :], 1)
+
+
 def supervised(logits, targets, mask):
-    total = jnp.sum(losses.sequence_logp(logits, targets, mask))
+    total = jnp.sum(sequence_logp(logits, targets, mask))
     return -total, {"weight": jnp.sum(mask)}
 
 
@@ -69,7 +77,7 @@ def test_masked_cross_entropy_equals_the_fixture(numbers, x64):
 
 def bradley_terry_pairs(chosen, rejected, margin, center):
     scores = jnp.stack([chosen, rejected], axis=1)
-    wins = losses.best_first(jnp.ones_like(scores))
+    wins = best_first(jnp.ones_like(scores))
     return losses.bradley_terry(scores, wins, jnp.reshape(margin, (-1, 1, 1)), center)
 
 
@@ -87,16 +95,14 @@ def test_the_reward_models_losses_equal_the_fixture(numbers, x64):
             close(sums["accuracy"] / sums["weight"], want["accuracy"], x64)
         ranking = want["ranking"]
         scores = arrays(x64, [ranking["scores_best_first"]])
-        wins = losses.best_first(jnp.ones_like(scores))
+        wins = best_first(jnp.ones_like(scores))
         close(mean(losses.bradley_terry, scores, wins)[0], ranking["instructgpt"], x64)
-        close(mean(losses.plackett_luce, scores, jnp.ones_like(scores))[0],
-              ranking["plackett_luce"], x64)
         huge = arrays(x64, want["huge"]["chosen"], want["huge"]["rejected"])
         close(mean(bradley_terry_pairs, *huge, 0.0, 0.0)[0], want["huge"]["loss"], x64)
 
 
 def preferences(logits, ref, targets, mask, **kwargs):
-    own, other = (losses.sequence_logp(x, targets, mask) for x in (logits, ref))
+    own, other = (sequence_logp(x, targets, mask) for x in (logits, ref))
     n = len(own) // 2
     return losses.dpo(own[:n], own[n:], other[:n], other[n:], jnp.ones_like(own[:n]), **kwargs)
 
@@ -108,7 +114,7 @@ def test_dpo_equals_the_fixture(numbers, x64):
         logits, ref, mask = arrays(x64, want["policy_logits"], want["ref_logits"], want["mask"])
         targets, n = jnp.asarray(want["targets"]), want["N"]
         own, other = arrays(x64, want["policy_sum_logp"], want["ref_sum_logp"])
-        close(losses.sequence_logp(logits, targets, mask), own, x64)
+        close(sequence_logp(logits, targets, mask), own, x64)
         for case in want["cases"]:
             dials = {"beta": case["beta"], "smoothing": case["label_smoothing"]}
             loss, sums, grad = graded(preferences, logits, ref, targets, mask, **dials)
@@ -212,31 +218,20 @@ def test_all_pairs_of_a_prompt_count_once_together():
         pairs = [math.log1p(math.exp(row[j] - row[i])) for i in range(4) for j in range(i + 1, 4)
                  if real[i] and real[j]]
         each += [np.mean(pairs)] if pairs else []
-    total, sums = losses.bradley_terry(scores, losses.best_first(mask))
+    total, sums = losses.bradley_terry(scores, best_first(mask))
     assert float(sums["weight"]) == 2  # one answer alone teaches nothing
     np.testing.assert_allclose(total, sum(each), rtol=1e-5)
-    moved, _ = losses.bradley_terry(scores + 5.0, losses.best_first(mask))
+    moved, _ = losses.bradley_terry(scores + 5.0, best_first(mask))
     np.testing.assert_allclose(moved, total, rtol=1e-4)
-    equal, sums = losses.bradley_terry(0 * scores, losses.best_first(mask))
+    equal, sums = losses.bradley_terry(0 * scores, best_first(mask))
     np.testing.assert_allclose([equal / 2, sums["accuracy"] / 2], [math.log(2), 0.5], rtol=1e-6)
-
-
-def test_pairs_of_two_are_plackett_and_luces_ranking():
-    scores, mask = drawn(4, 5, 2), jnp.ones((5, 2))
-    np.testing.assert_allclose(losses.bradley_terry(scores, losses.best_first(mask))[0],
-                               losses.plackett_luce(scores, mask)[0], rtol=1e-6)
-    padded = jnp.concatenate([scores, jnp.full((5, 2), 9.0)], axis=1)
-    both = jnp.concatenate([mask, 0 * mask], axis=1)
-    value, grad = jax.jit(jax.value_and_grad(lambda s: losses.plackett_luce(s, both)[0]))(padded)
-    np.testing.assert_allclose(value, losses.plackett_luce(scores, mask)[0], rtol=1e-6)
-    assert np.isfinite(grad).all() and not np.asarray(grad)[:, 2:].any()
 
 
 def test_dpo_sums_a_response_and_is_ln_2_at_the_reference():
     logits, targets, mask = jnp.zeros((4, 6, 9)), jnp.zeros((4, 6), int), jnp.ones((4, 6))
     mask = mask.at[2:, 2:].set(0)  # chosen responses of 6 tokens, rejected of 2
     dials = {"beta": 0.1, "smoothing": 0.0}
-    assert float(losses.sequence_logp(logits, targets, mask)[0]) == pytest.approx(-6 * math.log(9))
+    assert float(sequence_logp(logits, targets, mask)[0]) == pytest.approx(-6 * math.log(9))
     loss, sums, grad = graded(preferences, logits, logits, targets, mask, **dials)
     assert float(loss) == pytest.approx(math.log(2)) and float(sums["reward_gap"]) == 0
     # d loss / d logp of a chosen token is -beta / 2N whatever the length; 1 - 1/9 by the softmax
@@ -297,7 +292,7 @@ def test_a_response_s_log_probability_is_the_sum_over_its_tokens_read_off_the_mo
     got = jax.jit(functools.partial(losses.response_logp, config))(params, tokens, mask)
     for b in range(2):
         logits = rebuild(config, params)(jnp.asarray(tokens[b, :, :-1]))
-        want = losses.sequence_logp(logits, *map(jnp.asarray, (tokens[b, :, 1:], mask[b])))
+        want = sequence_logp(logits, *map(jnp.asarray, (tokens[b, :, 1:], mask[b])))
         np.testing.assert_allclose(got[b], want, rtol=1e-5)
 
 

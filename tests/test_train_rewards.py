@@ -203,7 +203,7 @@ def by_dpo(seed):
     def objective(params, old, key):
         def logp(ids):
             wide = jnp.broadcast_to(params["logits"], (V * V, 1, V))
-            return losses.sequence_logp(wide, ids[:, None], jnp.ones((V * V, 1)))
+            return losses.token_logp(wide, ids[:, None])[:, 0]
 
         total, sums = losses.dpo(logp(won), logp(lost), ref[won], ref[lost], weights, beta=B_KL,
                                  smoothing=0.0)

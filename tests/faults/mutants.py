@@ -108,8 +108,6 @@ ALIGNMENT = (
     ("train/losses.py", "((0, 0), (0, 0), (1, 0))", "((0, 0), (0, 0), (0, 1))"),
     ("train/rewards.py", "axis=1)[:, ::-1] == 1)", "axis=1)[:, ::-1] == 2)"),
     # a mean for a sum in DPO; its reference, its labels, its smoothing
-    ("train/losses.py", "return jnp.sum(_kept(token_logp(logits, targets), mask), axis=-1)",
-     "return jnp.sum(_kept(token_logp(logits, targets), mask), axis=-1) / mask.sum(-1)"),
     ("train/losses.py", "return jnp.sum(_kept(each, mask), axis=-1).reshape(B, R)",
      "return (jnp.sum(_kept(each, mask), axis=-1) / mask.sum(-1)).reshape(B, R)"),
     ("train/losses.py", "reward_rejected = beta * (wide(rejected) - ref_rejected)",

@@ -168,27 +168,15 @@ def token_logp(
     return -nll(wide(logits) / temperature, targets)[0]
 
 
-def sequence_logp(
-    logits: Float[Array, "B T V"], targets: Int[Array, "B T"], mask: Float[Array, "B T"]
-) -> Float[Array, "B"]:
-    """Sum log p(target) in nats over the masked-in positions, the end of the turn among them."""
-    return jnp.sum(_kept(token_logp(logits, targets), mask), axis=-1)
-
-
-def best_first(mask: Float[Array, "B R"]) -> Float[Array, "B R R"]:
-    """Give the pairs of responses ranked best to worst: 1 where i is real, j real and below i."""
-    return jnp.triu(mask[:, :, None] * mask[:, None, :], 1)
-
-
 def bradley_terry(
     scores: Float[Array, "B R"], wins: Float[Array, "B R R"],
     margin: Float[Array, "#B #R #R"] | float = 0.0, center: Scalar = 0.0,
 ) -> tuple[Float[Array, ""], Sums]:
     """Sum over prompts -log sigmoid(score_i - score_j - margin), averaged over a prompt's pairs.
 
-    `wins[b, i, j]` weighs "i beats j": `best_first` for a ranking, both ways for noisy or soft
-    labels, 0 for a tie or a missing response. All pairs of a prompt share one mean, so a prompt
-    counts once (InstructGPT 2203.02155, sec. 3.5). `center` pulls score_i + score_j to 0
+    `wins[b, i, j]` weighs "i beats j": 1 where i < j for a ranking, best first, both ways for noisy
+    or soft labels, 0 for a tie or a missing response. All pairs of a prompt share one mean, so a
+    prompt counts once (InstructGPT 2203.02155, sec. 3.5). `center` pulls score_i + score_j to 0
     (2312.09244), `margin` is Llama 2's (2307.09288). Nats; accuracy counts equal scores half.
     """
     scores = wide(scores)
@@ -204,17 +192,6 @@ def bradley_terry(
                    "weight": jnp.sum(pairs > 0).astype(total.dtype)}
 
 
-def plackett_luce(
-    scores: Float[Array, "B R"], mask: Float[Array, "B R"]
-) -> tuple[Float[Array, ""], Sums]:
-    """Sum over prompts -log p(the ranking, best to worst), each place a softmax of what is left."""
-    scores = jnp.where(mask > 0, wide(scores), -jnp.inf)
-    left = jax.lax.cumlogsumexp(scores, axis=1, reverse=True)
-    total = jnp.sum(jnp.where(mask > 0, left - scores, 0.0))
-    return total, {"nats_per_ranking": total,
-                   "weight": jnp.sum(jnp.any(mask > 0, axis=1)).astype(total.dtype)}
-
-
 def dpo(
     chosen: Float[Array, "B"], rejected: Float[Array, "B"], ref_chosen: Float[Array, "B"],
     ref_rejected: Float[Array, "B"], weights: Float[Array, "B"], *, beta: Scalar,
@@ -222,7 +199,7 @@ def dpo(
 ) -> tuple[Float[Array, ""], Sums]:
     """Sum -log sigmoid(beta * ((chosen - its ref) - (rejected - its ref))) over pairs (2305.18290).
 
-    Arguments are log-probabilities *summed* over a response (`sequence_logp`), in nats.
+    Arguments are log-probabilities *summed* over a response (`response_logp`), in nats.
     `smoothing` is the share of labels taken to be flipped (E. Mitchell's note on cDPO, 2023). At
     the reference the loss is ln 2 a pair. `chosen_logp` is reported since it may fall while the
     loss does.
