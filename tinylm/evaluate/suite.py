@@ -66,15 +66,13 @@ def drawn(config: SuiteConfig) -> list[Task]:
                     for t in tasks.draw(family, rule, config.split, config.seed, few)]
 
 
-def asked(chosen: Sequence[Task], tokenizer: Tokenizer) -> list[np.ndarray]:
-    """Render tasks to prompts: ids that end with <|assistant|>."""
-    return [render(t.messages, tokenizer, prompt=True)[0] for t in chosen]
-
-
 def fitting(model: ModelConfig, chosen: Sequence[Task], tokenizer: Tokenizer,
             budget: int) -> tuple[list[Task], list[np.ndarray]]:
-    """Give the tasks whose prompt leaves room for an answer, and their prompts."""
-    prompts = asked(chosen, tokenizer)
+    """Give the tasks whose prompt leaves room for an answer, and their prompts.
+
+    Those are ids that end with <|assistant|>.
+    """
+    prompts = [render(t.messages, tokenizer, prompt=True)[0] for t in chosen]
     fit = [i for i, p in enumerate(prompts) if padded([p]) + budget <= model.T + 1]
     if not fit:
         raise BadInput(f"no task fits T={model.T} beside responses of {budget} tokens; lower the "

@@ -318,7 +318,7 @@ def experience(config: PolicyConfig, params: Params, rolled: Rollout, scores: np
                             beta=config.beta if config.kl == "reward" else 0.0)
     values, returns = zeros, zeros
     if config.method == "ppo":
-        values = values_of(config.model, params["value"], rolled.tokens) * rolled.mask
+        values = rowwise.each(_values, config.model, params["value"], rolled.tokens) * rolled.mask
         advantages, returns = rewards.gae(shaped, jnp.asarray(values), mask, gamma=1.0,
                                           lam=config.lam)
         advantages = rewards.whitened(advantages, mask)
@@ -331,10 +331,6 @@ def experience(config: PolicyConfig, params: Params, rolled: Rollout, scores: np
     return Experience(*map(np.asarray, kept))
 
 
-def values_of(model: ModelConfig, value: Params, tokens: np.ndarray) -> np.ndarray:
-    """Give the value before each token of the rows, [B, T]."""
-    return rowwise.each(_values, model, value, tokens)
-
-
 def _values(model: ModelConfig, value: Params, row: Array) -> Array:
+    """Give the value before each token of a row, [T]."""
     return heads.scores(model, value, row[None, :-1])[0]
