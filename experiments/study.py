@@ -140,7 +140,7 @@ def held_out(out: Path, config: PretrainConfig, data: Dataset) -> forecast.Score
 def grown(out: Path, records: list[dict], data: Dataset) -> None:
     """Look into the best run of every budget and the held-out run: what comes with compute."""
     if not (out / "growth.json").exists():
-        runs = growth.best(growth.of_study(out, [r for r in records if r["kind"] != "trunk"]))
+        runs = growth.best(growth.of_study(out, records))
         with progress.bar("growth") as event:
             files.write_json(out / "growth.json", {"rows": growth.ladder(runs, data, event)})
 
@@ -194,9 +194,8 @@ def run(folder: Path, configs: list[PretrainConfig], data: Dataset) -> list[dict
     """Run a list of configs with a live table."""
     with progress.live(folder.name) as watch:
         records = runner.sweep(folder, configs, data.folder, watch)
-    wanted = sum(c.kind != "trunk" for c in configs)
-    if len(records) < wanted:
-        progress.say(f"{folder}: {wanted - len(records)} of {wanted} runs failed; "
+    if len(records) < len(configs):
+        progress.say(f"{folder}: {len(configs) - len(records)} of {len(configs)} runs failed; "
                      "each failure.json says why")
     return records
 

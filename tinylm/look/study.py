@@ -41,12 +41,8 @@ class Study:
         return self.optional("tuning.json", {"sizes": []})["sizes"]
 
     def records(self, kind: str) -> list[Record]:
-        """Read the records of a list of runs (sweep, tuning, position), least compute first.
-
-        Trunks are left out.
-        """
-        found = run.table(p.parent for p in sorted((self.folder / kind).glob("*/record.json")))
-        return [r for r in found if r["kind"] != "trunk"]
+        """Read the records of a list of runs (sweep, tuning, position), least compute first."""
+        return run.table(p.parent for p in sorted((self.folder / kind).glob("*/record.json")))
 
     def record(self, name: str) -> Record:
         """Read the record of one run (target, chat)."""

@@ -12,7 +12,6 @@ from tinylm.model.decoder import ModelConfig
 from tinylm.stages.pretrain import MOST_EPOCHS, PretrainConfig
 from tinylm.stages.sft import SftConfig
 from tinylm.sweep.presets import RateRule, Study
-from tinylm.sweep.trunks import shared
 from tinylm.text.shards import Dataset
 from tinylm.train.batch import windows
 from tinylm.train.optim import OptimConfig
@@ -62,7 +61,7 @@ def lists(study: Study, models: Sequence[ModelConfig],
              for c in grid(models, study.budgets, study.per_budget, study.spread, study.batch)]
     return {"tuning": _tuning(study, models, data_id),
             "position": [_position(study, models[0], data_id)],
-            "sweep": shared(sweep, study.rule) if study.trunks else sweep}
+            "sweep": sweep}
 
 
 def expected(study: Study, models: Sequence[ModelConfig],

@@ -79,8 +79,6 @@ class Study:
     """tasks a family in the table of base, tuned and optimised model"""
     order: int = 5
     """longest n-gram table"""
-    trunks: bool = False
-    """runs of one shape share a trunk and decay from it (sweep/trunks.py)"""
     rate: float = 1e11
     """FLOP/s to expect of the whole machine, for --dry-run"""
 
