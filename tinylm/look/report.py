@@ -283,7 +283,7 @@ def every_run(study: Study) -> str:
         rows.append((r["flops"]["exact"], name, f"{params:,.0f}" if size else "",
                      f"{r['tokens']:,}", f"{r['tokens'] / params:.1f}" if size else "",
                      scientific(r["flops"]["exact"]), f"{r['config']['optim']['lr']:.2e}", *cells,
-                     f"{r['epochs']:.2f}", f"{study.seconds(name, 'wall'):.1f}"))
+                     f"{r['epochs']:.2f}", f"{spent(place)['wall']:.1f}"))
     return table(("run", "params", "tokens", "tokens per param", "FLOPs", "learning rate",
                   "nats per token", "bits per byte", "standard error (nats)", "epochs", "seconds"),
                  [row[1:] for row in sorted(rows)], "seconds of wall time, compilation included")

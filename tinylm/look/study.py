@@ -80,8 +80,3 @@ class Study:
                      {k: f.flops_at(t["nats_per_token"]) for k, f in laws.items()})
                for order, t in kept["tables"].items()]
         return sorted(out, key=lambda level: -level.nats)
-
-    def seconds(self, place: str, kind: str) -> float:
-        """Sum a kind of seconds over every process that worked on a run (see loop.Clock)."""
-        rows = files.read_rows(self.folder / place / "timing.jsonl")
-        return sum(r[f"{kind}_seconds"] for r in rows)
