@@ -77,30 +77,27 @@ LEDGER = (*Score._fields, "sha256")
 
 def make(runs: Runs, ids: list[str], target_flops: float, target_params: float,
          target_tokens: float, eval_id: str, name: str = "target", sigma: float = 0.0,
-         budgets: np.ndarray | None = None, clusters: np.ndarray | None = None,
-         resamples: int = 200, seed: int = 0, rough: bool = False,
+         clusters: np.ndarray | None = None, resamples: int = 200, rough: bool = False,
          warning: str = "") -> Forecast:
     """Forecast a target's loss from a sweep's runs, whose `ids` are in the same order.
 
-    `sigma` and `clusters` are those of `intervals.parts`. `budgets` labels the runs where their
-    FLOPs differ by over 3%. `warning` says first what may spoil the forecast, such as untuned
-    rates. Fewer than 3 bracketed budgets raise BadInput or, if `rough`, give a power law through
-    the best run of each budget, with an interval that is a guess and reaches the straight line
-    through the last two. With 3 no law has forecast a later budget: their interval is widened by
-    the same guess.
+    `sigma` and `clusters` are those of `intervals.parts`. `warning` says first what may spoil the
+    forecast, such as untuned rates. Fewer than 3 bracketed budgets raise BadInput or, if `rough`,
+    give a power law through the best run of each budget, with an interval that is a guess and
+    reaches the straight line through the last two. With 3 no law has forecast a later budget:
+    their interval is widened by the same guess.
     """
     if len(ids) != len(runs.loss) or len(set(ids)) != len(ids):
         raise BadInput(f"{len(set(ids))} different ids for {len(runs.loss)} runs; give one a run")
-    for what, labels in (("budget", budgets), ("cluster", clusters)):
-        if labels is not None and len(labels) != len(runs.loss):
-            raise BadInput(f"{len(labels)} {what} labels for {len(runs.loss)} runs; give one a run")
+    if clusters is not None and len(clusters) != len(runs.loss):
+        raise BadInput(f"{len(clusters)} cluster labels for {len(runs.loss)} runs; give one a run")
     target = Target(*map(float, (target_flops, target_params, target_tokens)))
     try:
-        blended = blend(runs, budgets)
+        blended = blend(runs)
     except BadInput as refusal:
         if not rough:
             raise
-        best = best_runs(runs, budgets)
+        best = best_runs(runs)
         laws = {"best_runs": float(_line(best, floor=False).loss(target.flops))}
         predicted, weights, off = laws["best_runs"], {"best_runs": 1.0}, {}
         rule = f"power law through the best run of each budget, since {refusal}"
@@ -110,7 +107,7 @@ def make(runs: Runs, ids: list[str], target_flops: float, target_params: float,
         coverage = "no past forecast calibrates this interval"
     else:
         laws, weights, rule = blended.predictions(target), blended.weights, RULE
-        found = intervals.parts(blended, target, sigma, resamples, seed, clusters)
+        found = intervals.parts(blended, target, sigma, resamples, clusters=clusters)
         predicted, off, coverage = (blended.predicted(target), found._asdict(),
                                     intervals.coverage_told())
         width = max(intervals.half_width(found), abs(blended.missed))
@@ -144,9 +141,9 @@ def doubts(blended: Blend, target: Target) -> list[str]:
     return out
 
 
-def best_runs(runs: Runs, budgets: np.ndarray | None = None) -> list[Best]:
+def best_runs(runs: Runs) -> list[Best]:
     """Take the least loss at each budget, least budget first, where curves show no minimum."""
-    labels = group(runs.flops) if budgets is None else np.asarray(budgets)
+    labels = group(runs.flops)
     parts = [runs.keep(labels == label) for label in np.unique(labels)]
     return sorted(Best(float(p.flops.mean()), float(p.loss.min())) for p in parts)
 
