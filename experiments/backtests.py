@@ -15,8 +15,9 @@ import numpy as np
 
 from tinylm.laws import intervals
 from tinylm.laws.blend import FLOORS, Target, blend, excess, floors, said
-from tinylm.laws.fit import fit_frontier, fit_surface, resample
+from tinylm.laws.fit import fit_frontier, fit_law, resample
 from tinylm.laws.forecast import naive
+from tinylm.laws.forms import Surface
 from tinylm.laws.isoflop import Minimum, group, minima
 from tinylm.laws.runs import Runs, read_csv
 
@@ -129,7 +130,7 @@ def beyond(study: str, runs: Runs, held: Runs) -> list[Row]:
 def forecasts(study: str, runs: Runs, budgets: np.ndarray, later: list[Minimum]) -> list[Row]:
     """Forecast some minima from one sweep by every rule."""
     blended, rows = blend(runs, budgets), []
-    found, surface = blended.found, fit_surface(runs)
+    found, surface = blended.found, fit_law(runs, Surface)
     flops, loss = [m.flops for m in found], [m.loss for m in found]
     alone = {"frontier_floor": fit_frontier(flops, loss, floor=True),
              "frontier_half_floor": floors(found)[FLOORS.index(0.5)], "surface": surface}

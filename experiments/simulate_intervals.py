@@ -27,7 +27,7 @@ from tinylm import files
 from tinylm.config import BadInput
 from tinylm.laws import intervals
 from tinylm.laws.blend import Target, blend, refitted
-from tinylm.laws.fit import fit_surface
+from tinylm.laws.fit import fit_law
 from tinylm.laws.forms import Coupled, Law, Saturating, Surface
 from tinylm.laws.isoflop import exponents
 from tinylm.laws.runs import Runs
@@ -112,7 +112,7 @@ def known(seed: int, i: int) -> tuple[str, bool, float, float]:
     law, noise = drawn("exact", rng)
     runs = sweep(law, noise, rng)
     runs = runs._replace(sigma=noise * runs.loss)
-    fit, params = fit_surface(runs, "ls"), best(law, FACTOR * TOP)
+    fit, params = fit_law(runs, Surface, "ls"), best(law, FACTOR * TOP)
     at = (params, FACTOR * TOP / 6 / params)
     measured = law.loss(*at) * (1 + noise * rng.standard_normal())
     refits = refitted(fit, at, runs.sigma * rng.standard_normal((200, len(runs.loss))))

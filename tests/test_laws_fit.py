@@ -9,7 +9,7 @@ from scipy.optimize import minimize
 from tinylm.config import BadInput
 from tinylm.laws import fit
 from tinylm.laws.descent import slopes
-from tinylm.laws.fit import fit_frontier, fit_law, fit_surface, resample
+from tinylm.laws.fit import fit_frontier, fit_law, resample
 from tinylm.laws.forms import Frontier, Surface
 from tinylm.laws.runs import Runs
 
@@ -33,7 +33,7 @@ def constants(law) -> list[float]:
 
 
 def test_the_absolute_fit_passes_through_as_many_runs_as_it_has_constants():
-    got = fit_surface(planted(noise=0.01), "lad")
+    got = fit_law(planted(noise=0.01), Surface, "lad")
     assert (np.abs(got.residuals) < 1e-9).sum() == 5
     assert got.objective == pytest.approx(np.abs(got.residuals).sum())
 
@@ -41,16 +41,8 @@ def test_the_absolute_fit_passes_through_as_many_runs_as_it_has_constants():
 def test_robust_fits_ignore_an_outlier_that_bends_least_squares():
     runs = planted(noise=1e-4)
     runs.loss[3] *= 1.3
-    off = {e: abs(fit_surface(runs, e).law.E - LAW.E) for e in ("huber", "lad", "ls")}
+    off = {e: abs(fit_law(runs, Surface, e).law.E - LAW.E) for e in ("huber", "lad", "ls")}
     assert off["huber"] < 0.02 and off["lad"] < 0.02 < off["ls"]
-
-
-def test_weights_count_as_repeated_runs():
-    runs = planted(noise=0.01)
-    twice = runs.keep(np.concatenate([np.arange(35), np.arange(7)]))
-    weights = np.where(np.arange(35) < 7, 2.0, 1.0)
-    a, b = fit_surface(twice, "ls"), fit_surface(runs, "ls", weights=weights)
-    assert constants(a.law) == pytest.approx(constants(b.law), rel=1e-4)
 
 
 @pytest.mark.parametrize("law", [Frontier(0.0, 21.0, 0.065), Frontier(1.5, 60.0, 0.09)])
@@ -72,7 +64,9 @@ def test_a_point_with_a_large_error_hardly_moves_the_frontier():
     flops, law = np.geomspace(1e11, 1e13, 5), Frontier(0.0, 21.0, 0.065)
     loss = law.loss(flops) * np.array([1.05, 1, 1, 1, 1])
     sigma = np.array([1.0, 0.001, 0.001, 0.001, 0.001])
-    assert fit_frontier(flops, loss, False, sigma).law.gamma == pytest.approx(0.065, rel=1e-3)
+    runs = Runs(flops, flops, flops, loss, sigma)
+    got = fit_law(runs, Frontier, delta=math.inf, E=0.0).law
+    assert got.gamma == pytest.approx(0.065, rel=1e-3)
 
 
 def test_the_optimum_of_a_surface_is_the_least_of_a_scan():
@@ -100,13 +94,13 @@ def refused(call, *words):
 
 def test_designs_that_cannot_identify_the_law_are_refused_in_words():
     runs = planted()
-    refused(lambda: fit_surface(runs.keep(slice(5))), "5 different runs", "6 or more")
-    refused(lambda: fit_surface(runs.keep(slice(7))), "one budget", "1e+17", "add")
+    refused(lambda: fit_law(runs.keep(slice(5)), Surface), "5 different runs", "6 or more")
+    refused(lambda: fit_law(runs.keep(slice(7)), Surface), "one budget", "1e+17", "add")
     n = np.geomspace(1e6, 1e9, 9)
     ladder = Runs(n, 20 * n, 120 * n**2, LAW.loss(n, 20 * n))
-    refused(lambda: fit_surface(ladder), "20 tokens a parameter", "4 times more")
+    refused(lambda: fit_law(ladder, Surface), "20 tokens a parameter", "4 times more")
     line = Runs(n, n**1.5, 6 * n**2.5, LAW.loss(n, n**1.5))
-    refused(lambda: fit_surface(line), "one line", "other sizes")
+    refused(lambda: fit_law(line, Surface), "one line", "other sizes")
     refused(lambda: fit_frontier([1e9, 1e10], [3.0, 2.9], floor=True), "2 budgets", "3 or more")
 
 
@@ -114,22 +108,21 @@ def test_designs_that_cannot_identify_the_law_are_refused_in_words():
 def test_losses_that_are_no_losses_are_refused(bad):
     runs = planted()
     runs.loss[4] = bad
-    refused(lambda: fit_surface(runs), "loss[4]", str(bad), "drop")
+    refused(lambda: fit_law(runs, Surface), "loss[4]", str(bad), "drop")
 
 
-def test_a_sigma_weighs_runs_by_their_inverse_variance():
-    runs = planted(noise=0.01)
-    runs = runs._replace(sigma=np.where(np.arange(35) % 2, 0.01, 0.02))
-    for estimator, weights in (("ls", runs.sigma**-2.0), ("huber", (runs.loss / runs.sigma) ** 2)):
-        told = fit_surface(runs._replace(sigma=None), estimator, weights=weights)
-        assert constants(fit_surface(runs, estimator).law) == pytest.approx(
-            constants(told.law), rel=1e-4)
-    even = fit_surface(runs._replace(sigma=None)).law.alpha
-    assert fit_surface(runs).law.alpha != pytest.approx(even, rel=1e-4)
+def test_half_the_sigma_counts_as_a_run_said_four_times():
+    runs, odd = planted(noise=0.01), np.arange(35) % 2
+    said = runs.keep(np.repeat(np.arange(35), np.where(odd, 4, 1)))
+    sigma = np.where(odd, 0.01, 0.02)
+    for estimator, of in (("ls", sigma), ("huber", sigma * runs.loss)):
+        got, told = (fit_law(r, Surface, estimator).law for r in (runs._replace(sigma=of), said))
+        assert constants(got) == pytest.approx(constants(told), rel=1e-4)
+        assert got.alpha != pytest.approx(fit_law(runs, Surface, estimator).law.alpha, rel=1e-4)
 
 
 def test_every_refit_is_the_minimum_of_its_own_resample():
-    got = fit_surface(planted(noise=0.01))
+    got = fit_law(planted(noise=0.01), Surface)
     refits = resample(got, 30)
     assert (refits == resample(got, 30)).all() and (refits != resample(got, 30, seed=1)).any()
     drawn = np.random.RandomState(42).randint(0, 35, (30, 35))
@@ -138,7 +131,7 @@ def test_every_refit_is_the_minimum_of_its_own_resample():
         found = minimum(problem, got.theta)
         assert value(row, got, problem) == pytest.approx(found, rel=1e-6)
     with pytest.raises(BadInput, match="lad has no smooth refits"):
-        resample(fit_surface(planted(noise=0.01), "lad"), 5)
+        resample(fit_law(planted(noise=0.01), Surface, "lad"), 5)
 
 
 def minimum(problem, theta) -> float:
@@ -163,14 +156,14 @@ def value(row, got, problem) -> float:
 
 def test_a_stuck_optimiser_gives_no_law(monkeypatch):
     monkeypatch.setattr(fit, "descend", lambda theta, problem: theta)
-    refused(lambda: fit_surface(planted(noise=0.01)), "gradient norm", "no minimum")
+    refused(lambda: fit_law(planted(noise=0.01), Surface), "gradient norm", "no minimum")
 
 
 def test_starts_that_end_elsewhere_are_counted(monkeypatch):
     ends = fit.descend
     monkeypatch.setattr(fit, "descend", lambda theta, problem: np.concatenate(
         [ends(theta[:2], problem), theta[2:]]))
-    got = fit_surface(planted(noise=0.01)).certificate
+    got = fit_law(planted(noise=0.01), Surface).certificate
     assert (got["starts"], got["agree_share"]) == (8, 0.25) and got["moved"] > 0
 
 

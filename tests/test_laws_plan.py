@@ -5,7 +5,7 @@ import pytest
 
 from tinylm.config import BadInput
 from tinylm.laws.accounting import DEVICES, Shape, flops_per_token, parameters
-from tinylm.laws.fit import fit_surface
+from tinylm.laws.fit import fit_law
 from tinylm.laws.forms import Coupled, Saturating, Surface
 from tinylm.laws.plan import PILOT, cell, centre, expected, isoflop_grid, propose
 from tinylm.laws.runs import Runs
@@ -71,7 +71,7 @@ def test_the_expected_error_is_that_of_simulated_sweeps(span):
     rng, said = np.random.default_rng(0), []
     for _ in range(120):
         loss = LAW.loss(params, tokens) + 0.005 * rng.standard_normal(35)
-        law = fit_surface(Runs(params, tokens, 6 * params * tokens, loss), "ls").law
+        law = fit_law(Runs(params, tokens, 6 * params * tokens, loss), Surface, "ls").law
         said.append(law.loss(*target))
     assert told.loss == LAW.loss(*target)
     assert told.stderr == pytest.approx(np.std(said), rel=0.2)
@@ -82,7 +82,8 @@ def test_the_form_risk_is_the_bias_of_a_surface_where_another_law_is_true():
     told = expected(params, tokens, target, LAW, 0.005, 7.0)
     flops, same, off = 6 * params * tokens, vars(LAW).values(), []
     for truth in (Coupled(*same, 0.7), Coupled(*same, 1.4), Saturating(*same, 7.0)):
-        law = fit_surface(Runs(params, tokens, flops, truth.loss(params, tokens)), "ls").law
+        runs = Runs(params, tokens, flops, truth.loss(params, tokens))
+        law = fit_law(runs, Surface, "ls").law
         off.append(law.loss(*target) - truth.loss(*target))
     assert list(told.biases) == ["coupled, k = 0.7", "coupled, k = 1.4", "saturating"]
     assert list(told.biases.values()) == pytest.approx(off)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from test_laws_fit import minimum, value
 
-from tinylm.laws.fit import fit_law, fit_surface, resample
+from tinylm.laws.fit import fit_law, resample
 from tinylm.laws.forms import OverTraining, Surface
 from tinylm.laws.runs import drop_worst, read_csv
 
@@ -24,7 +24,7 @@ def chinchilla(shared):
 ])
 def test_every_row_of_the_chinchilla_table_is_reproduced(chinchilla, drop, estimator, want,
                                                          objective, digits):
-    got = fit_surface(drop_worst(chinchilla, drop), estimator)
+    got = fit_law(drop_worst(chinchilla, drop), Surface, estimator)
     assert tuple(vars(got.law).values()) == pytest.approx(want, rel=2e-5)
     assert got.objective == pytest.approx(objective, abs=digits)
     assert got.certificate["agree_share"] == 1.0 and got.certificate["gradient_norm"] < 2e-5
@@ -39,7 +39,7 @@ def test_the_rounded_published_constants_lie_above_the_runs(chinchilla):
 
 
 def test_four_thousand_refits_give_the_published_errors_each_at_its_minimum(chinchilla):
-    got = fit_surface(drop_worst(chinchilla, 5))
+    got = fit_law(drop_worst(chinchilla, 5), Surface)
     began = time.process_time()
     refits = resample(got, 4000)
     assert time.process_time() - began < 10

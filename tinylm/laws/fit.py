@@ -15,7 +15,7 @@ import numpy as np
 
 from tinylm.config import BadInput, require
 from tinylm.laws.descent import Problem, descend, descend_absolute, residuals, slopes
-from tinylm.laws.forms import LOGGED, Frontier, Law, Surface
+from tinylm.laws.forms import LOGGED, Frontier, Law
 from tinylm.laws.runs import Runs, check_values
 
 Estimator = Literal["huber", "lad", "ls"]
@@ -52,12 +52,12 @@ class Fit:
 
 
 def fit_law(runs: Runs, law: type[Law], estimator: Estimator = "huber", delta: float = 1e-3,
-            weights: np.ndarray | None = None, **given: float) -> Fit:
+            **given: float) -> Fit:
     """Fit a law to runs; refuse (BadInput) a design that cannot identify its constants.
 
-    `delta` is the residual in log loss where Huber turns from square to absolute. `weights`
-    multiply each run's penalty; where there are none but the runs have a sigma, they are the
-    inverse variances, 1 on average. `given` constants (E=0, ceiling=ln V) are not fitted.
+    `delta` is the residual in log loss where Huber turns from square to absolute. Where the runs
+    have a sigma, their inverse variances, 1 on average, multiply each run's penalty. `given`
+    constants (E=0, ceiling=ln V) are not fitted.
     """
     check_values(**{k: v for k, v in runs._asdict().items() if v is not None})
     require("delta", delta, 1e-9, math.inf)
@@ -65,7 +65,8 @@ def fit_law(runs: Runs, law: type[Law], estimator: Estimator = "huber", delta: f
         _check_budgets(runs.flops, 3 - len(given))
     else:
         _check_design(runs, law, len(law.names()) - len(given))
-    if weights is None and runs.sigma is not None:
+    weights = np.ones(len(runs.loss))
+    if runs.sigma is not None:
         weights = (runs.sigma if estimator == "ls" else runs.sigma / runs.loss) ** -2.0
         weights = weights / weights.mean()
     table = runs._asdict()
@@ -73,21 +74,11 @@ def fit_law(runs: Runs, law: type[Law], estimator: Estimator = "huber", delta: f
                 given)
 
 
-def fit_surface(runs: Runs, estimator: Estimator = "huber",
-                weights: np.ndarray | None = None) -> Fit:
-    """Fit a Surface (see fit_law)."""
-    return fit_law(runs, Surface, estimator, weights=weights)
-
-
-def fit_frontier(flops: np.ndarray, loss: np.ndarray, floor: bool,
-                 sigma: np.ndarray | None = None) -> Fit:
-    """Fit a Frontier to the best losses at several budgets, by least squares on log loss.
-
-    `sigma`, the losses' standard errors in nats, weights each point by (loss / sigma)^2.
-    """
+def fit_frontier(flops: np.ndarray, loss: np.ndarray, floor: bool) -> Fit:
+    """Fit a Frontier to the best losses at several budgets, by least squares on log loss."""
     flops, loss = np.asarray(flops, float), np.asarray(loss, float)
     given = {} if floor else {"E": 0.0}
-    return fit_law(Runs(flops, flops, flops, loss, sigma), Frontier, delta=math.inf, **given)
+    return fit_law(Runs(flops, flops, flops, loss), Frontier, delta=math.inf, **given)
 
 
 def resample(fit: Fit, resamples: int, seed: int = 42) -> np.ndarray:
@@ -111,7 +102,6 @@ def resample(fit: Fit, resamples: int, seed: int = 42) -> np.ndarray:
 def _fit(law, columns, loss, weights, estimator, delta, given):
     """Centre the inputs, solve, certify, and give the constants uncentred."""
     loss = np.asarray(loss, float)
-    weights = np.ones(len(loss)) if weights is None else np.asarray(weights, float)
     check_values(weights=weights)
     x = np.log(np.stack(columns))
     centre, least = x.mean(axis=1), float(loss.min())

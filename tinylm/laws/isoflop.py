@@ -13,7 +13,7 @@ import numpy as np
 
 from tinylm.config import BadInput
 from tinylm.laws.accounting import Parameters, six_nd
-from tinylm.laws.fit import fit_surface
+from tinylm.laws.fit import fit_law
 from tinylm.laws.forms import Surface
 from tinylm.laws.runs import Runs
 
@@ -117,7 +117,7 @@ def bias(runs: Runs, law: Surface | None = None) -> list[Bias]:
     The losses are replaced by those of `law` (the fitted Surface if none is given), whose minima
     are known; FLOPs a parameter and token are each budget's geometric mean.
     """
-    law = fit_surface(runs).law if law is None else law
+    law = fit_law(runs, Surface).law if law is None else law
     said = runs._replace(loss=law.loss(runs.params, runs.tokens), sigma=None)
     labels, out = group(runs.flops), []
     for label in np.unique(labels):

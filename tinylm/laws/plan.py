@@ -8,7 +8,7 @@ import numpy as np
 
 from tinylm.config import BadInput, require
 from tinylm.laws.accounting import Bill, Device, Shape, bill, flops_per_token, parameters, six_nd
-from tinylm.laws.fit import fit_surface
+from tinylm.laws.fit import fit_law
 from tinylm.laws.forms import Coupled, Saturating, Surface
 from tinylm.laws.runs import Runs
 
@@ -92,7 +92,8 @@ def expected(params: np.ndarray, tokens: np.ndarray, target: tuple[float, float]
     """
     def bias(truth):
         flops = six_nd(params, tokens)
-        fitted = fit_surface(Runs(params, tokens, flops, truth.loss(params, tokens)), "ls").law
+        runs = Runs(params, tokens, flops, truth.loss(params, tokens))
+        fitted = fit_law(runs, Surface, "ls").law
         return float(fitted.loss(*target) - truth.loss(*target))
 
     jacobian = law.evaluate(law.theta(), np.log([params, tokens]))[1]

@@ -10,7 +10,8 @@ import numpy as np
 
 from tinylm.config import BadInput
 from tinylm.laws.accounting import Parameters
-from tinylm.laws.fit import fit_frontier, fit_surface
+from tinylm.laws.fit import fit_frontier, fit_law
+from tinylm.laws.forms import Surface
 from tinylm.laws.isoflop import conventions, minima
 from tinylm.laws.runs import Runs
 from tinylm.laws.table import compare, curves, or_why
@@ -53,7 +54,7 @@ def fit(records: list[Record]) -> dict[str, Any]:
             "conventions": or_why(lambda: {k: e._asdict()
                                             for k, e in conventions(runs, counts).items()}),
             "comparison": or_why(lambda: {"laws": compare(runs)}),
-            "surface": or_why(lambda: _told(fit_surface(runs))),
+            "surface": or_why(lambda: _told(fit_law(runs, Surface))),
             "frontier": or_why(lambda: _told(fit_frontier(flops, loss, floor=False))),
             "frontier_floor": or_why(lambda: _told(fit_frontier(flops, loss, floor=True)))}
 
