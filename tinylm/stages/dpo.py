@@ -109,17 +109,13 @@ def against(model: ModelConfig, params: Params, ranked: Ranked) -> Pairs:
     """Give every pair of a ranking with what the reference says of both."""
     n, i, j = np.nonzero(ranked.wins)
     tokens, mask = (np.stack([of[n, i], of[n, j]], axis=1) for of in ranked[:2])
-    return Pairs(tokens, mask, said(model, params, tokens, mask), ranked.wins[n, i, j])
-
-
-def said(model: ModelConfig, params: Params, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Give the log-probability of each response of each pair, nats, [pairs, 2]."""
-    return rowwise.each(losses.of_row, model, params, (tokens, mask))
+    ref = rowwise.each(losses.of_row, model, params, (tokens, mask))
+    return Pairs(tokens, mask, ref, ranked.wins[n, i, j])
 
 
 def judge(model: ModelConfig, params: Params, pairs: Pairs, config: DpoConfig) -> dict[str, Any]:
     """Measure a policy on held-out pairs against its reference."""
-    now = said(model, params, pairs.tokens, pairs.mask)
+    now = rowwise.each(losses.of_row, model, params, (pairs.tokens, pairs.mask))
     columns = (now[:, 0], now[:, 1], pairs.ref[:, 0], pairs.ref[:, 1], pairs.weights)
     _, sums = losses.dpo(*map(jnp.asarray, columns), beta=config.beta, smoothing=config.smoothing)
     means = {k: float(v) / float(sums["weight"]) for k, v in sums.items() if k != "weight"}
