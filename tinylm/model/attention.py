@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from tinylm.model.embedding import Draw, RMSNorm, Rotation, param, rotate
-from tinylm.model.product import FULL, Arithmetic, can_call, foreign, named, product
+from tinylm.model.product import FULL, Arithmetic, added, can_call, foreign, named, product
 
 BLOCK, BLOCKS = 64, 4
 """queries are cut into blocks of BLOCK or more, BLOCKS at most"""
@@ -259,11 +259,7 @@ def _grouped(q: Float[Array, "B T H K"], k: Float[Array, "B G S K"]) -> Float[Ar
 
 
 def _scores(q_BGJTK, k, visible):
-    return jnp.where(visible[:, None, None], _sum("bgjtk,bgsk->bgjts", q_BGJTK, k), -1e30)
-
-
-def _sum(spec: str, a: Array, b: Array) -> Array:
-    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+    return jnp.where(visible[:, None, None], added("bgjtk,bgsk->bgjts", q_BGJTK, k), -1e30)
 
 
 def _low(a: Array, operands: str) -> Array:
@@ -295,7 +291,7 @@ def _mix_forward(operands, q, k, v, visible):
         weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
         totals.append(weights.sum(axis=-1, keepdims=True))
         kept.append(_low(weights, operands))
-        parts.append(_sum("bgjts,bgsk->bgjtk", kept[-1], v[:, :, :S]))
+        parts.append(added("bgjts,bgsk->bgjtk", kept[-1], v[:, :, :S]))
     total = jnp.concatenate(totals, axis=3)
     mixed = jnp.concatenate(parts, axis=3) / total
     return mixed, (q, k, v, kept, total, mixed)
@@ -313,10 +309,10 @@ def _mix_backward(operands, kept, dy):
     for q_n, dy_n, shift_n, w in zip(*(_blocks(a, weights) for a in (q, dy, shift)), weights,
                                      strict=True):
         S = w.shape[-1]
-        dscores = _low(w * (_sum("bgjtk,bgsk->bgjts", dy_n, v[:, :, :S]) - shift_n), operands)
-        dq.append(_sum("bgjts,bgsk->bgjtk", dscores, k[:, :, :S]))
-        dk_BGKS.append(_sum("bgjkt,bgjts->bgks", q_n.swapaxes(3, 4), dscores))
-        dv_BGKS.append(_sum("bgjkt,bgjts->bgks", dy_n.swapaxes(3, 4), w))
+        dscores = _low(w * (added("bgjtk,bgsk->bgjts", dy_n, v[:, :, :S]) - shift_n), operands)
+        dq.append(added("bgjts,bgsk->bgjtk", dscores, k[:, :, :S]))
+        dk_BGKS.append(added("bgjkt,bgjts->bgks", q_n.swapaxes(3, 4), dscores))
+        dv_BGKS.append(added("bgjkt,bgjts->bgks", dy_n.swapaxes(3, 4), w))
     dk, dv = (_by_key(parts, k.shape[2]).swapaxes(2, 3) for parts in (dk_BGKS, dv_BGKS))
     return jnp.concatenate(dq, axis=3), dk, dv, None
 

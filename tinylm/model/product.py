@@ -46,6 +46,11 @@ def product(spec: str, x: Float[Array, "B T ..."], w: Float[Array, "..."],
     return _called(spec, x, w) if called else _product(spec, by.dtype, logits, x, w)
 
 
+def added(spec: str, a: Array, b: Array, kind: jnp.dtype = FULL) -> Array:
+    """Give einsum(spec, a, b) of sums of `kind`, as float32."""
+    return jnp.einsum(spec, a, b, preferred_element_type=kind).astype(FULL)
+
+
 def can_call(names: tuple[str, ...]) -> bool:
     """Tell whether these functions of tinylm/native can be called here."""
     return jax.default_backend() == "cpu" and all(
@@ -110,7 +115,7 @@ def _product(spec: str, dtype: jnp.dtype, logits: bool, x: Array, w: Array) -> A
 
 def _forward(spec, dtype, logits, x, w):
     x, w = x.astype(dtype), w.astype(dtype)
-    return (_sum if logits else _result)(spec, x, w), (x, w)
+    return (added if logits else _result)(spec, x, w), (x, w)
 
 
 def _backward(spec, dtype, logits, kept, dy):
@@ -118,10 +123,10 @@ def _backward(spec, dtype, logits, kept, dy):
     x_axes, w_axes, y_axes = spec.replace("->", ",").split(",")
     dx = _result(f"{y_axes},{w_axes}->{x_axes}", dy, w)
     if _head(spec):  # its gradient's rows are long
-        return dx, _sum(f"{y_axes[2:]}bt,{x_axes}->{w_axes}", _turn(dy), x)
+        return dx, added(f"{y_axes[2:]}bt,{x_axes}->{w_axes}", _turn(dy), x)
     if dtype == FULL:
-        return dx, _sum(f"{x_axes},{y_axes}->{w_axes}", x, dy)
-    return dx, _sum(f"{x_axes[2:]}bt,{y_axes}->{w_axes}", _turn(x), dy)
+        return dx, added(f"{x_axes},{y_axes}->{w_axes}", x, dy)
+    return dx, added(f"{x_axes[2:]}bt,{y_axes}->{w_axes}", _turn(x), dy)
 
 
 _product.defvjp(_forward, _backward)
@@ -146,14 +151,10 @@ def _turn(a: Array) -> Array:
     return flat.reshape(*rest, B, T)
 
 
-def _sum(spec: str, a: Array, b: Array, kind: jnp.dtype = FULL) -> Array:
-    return jnp.einsum(spec, a, b, preferred_element_type=kind).astype(FULL)
-
-
 def _result(spec: str, a: Array, b: Array) -> Array:
     """Give a product that an accelerator rounds to bfloat16 where its operands are."""
     if a.dtype == FULL:
-        return _sum(spec, a, b)
+        return added(spec, a, b)
     return jax.lax.platform_dependent(
-        a, b, cpu=functools.partial(_sum, spec),
-        default=functools.partial(_sum, spec, kind=jnp.dtype("bfloat16")))
+        a, b, cpu=functools.partial(added, spec),
+        default=functools.partial(added, spec, kind=jnp.dtype("bfloat16")))
