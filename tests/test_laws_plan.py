@@ -31,12 +31,7 @@ def test_sizes_are_different_and_lie_within_the_spread_on_both_sides_of_the_cent
         assert 1 / 3 <= ratios[0] < 0.6 and 1.6 < ratios[-1] <= 3
 
 
-def test_the_centre_is_the_callers_to_choose():
-    cells = isoflop_grid([1e12], LADDER, 4, 2.0, 512, centre=lambda flops: 3e5)
-    assert all(1.5e5 <= c.params <= 6e5 for c in cells)
-
-
-def test_the_default_centre_is_the_pilots_law():
+def test_the_centre_is_the_pilots_law():
     assert centre(1e12) == 113e3
     assert centre(1e13) / centre(1e12) == pytest.approx(10**0.489)
 

@@ -33,7 +33,7 @@ def policy_cases(mask):
                                                       beta=.1) ** 2),
         "gae": lambda x, j: jnp.sum(rewards.gae(hide(x, j), hide(values, -j), mask, gamma=1.,
                                                 lam=.9)[1] ** 2),
-        "whitened": lambda x, j: jnp.sum(rewards.whitened(hide(x, j), mask, False) ** 3),
+        "whitened": lambda x, j: jnp.sum(rewards.whitened(hide(x, j), mask) ** 3),
     }
 
 

@@ -1,13 +1,13 @@
 """Find the size of least loss at each budget, or say why the runs do not show one.
 
-A polynomial of loss in ln params through the runs near the minimum. On the surface of Hoffmann et
+A parabola of loss in ln params through the runs near the minimum. On the surface of Hoffmann et
 al. (1.69, 406.4, 410.7, .34, .28) a parabola misplaces the tokens by -.33 / -1.3 / -2.9 / -5.1% on
 grids of 2 / 4 / 8 / 16 times either side, and by -23% at 16 with exponents .465 / .155: hence a
-window, and `bias`, which says how far off the method is on the grid at hand.
+window, and `bias`, which says how far off the parabola is on the grid at hand.
 """
 
 import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,14 +17,13 @@ from tinylm.laws.fit import fit_law
 from tinylm.laws.forms import Surface
 from tinylm.laws.runs import Runs
 
-Method = Literal["parabola", "cubic", "local"]
-# degree, and the factor of params about the minimum within which runs are fitted
-METHODS = {"parabola": (2, 4.0), "cubic": (3, 8.0), "local": (2, 2.0)}
+WINDOW = 4.0  # factor of params about the minimum within which runs are fitted
+NEAREST = 5  # sizes that are fitted at least, where there are as many
 SAME_BUDGET = 0.03  # relative difference of FLOPs within one budget
 
 
 class Minimum(NamedTuple):
-    """The bottom of one budget's curve; numbers are those of the polynomial even if refused."""
+    """The bottom of one budget's curve; numbers are those of the parabola even if refused."""
 
     flops: float
     params: float
@@ -33,9 +32,9 @@ class Minimum(NamedTuple):
     curvature: float  # second derivative of the loss in ln params, nats
     bracketed: bool
     reason: str  # in words, why it is refused; empty where bracketed
-    coefficients: tuple[float, ...]  # loss = c0 + c1 u + c2 u^2 .., u = ln params
+    coefficients: tuple[float, ...]  # loss = c0 + c1 u + c2 u^2, u = ln params
     loss_se: float  # standard error of `loss` from the fit's residuals (or the runs' sigma), nats
-    scatter: float  # standard deviation of the runs about the polynomial, nats; 0 if unknown
+    scatter: float  # standard deviation of the runs about the parabola, nats; 0 if unknown
 
 
 class Exponents(NamedTuple):
@@ -49,7 +48,7 @@ class Exponents(NamedTuple):
 
 
 class Bias(NamedTuple):
-    """By how much a method misses the minimum of a known surface on a budget's own grid."""
+    """By how much the parabola misses the minimum of a known surface on a budget's own grid."""
 
     flops: float
     params_percent: float
@@ -67,16 +66,12 @@ def group(flops: np.ndarray) -> np.ndarray:
     return labels
 
 
-def minima(runs: Runs, budgets: np.ndarray | None = None,
-           method: Method = "parabola") -> list[Minimum]:
-    """Give one Minimum a budget, least budget first; `budgets` labels the runs if given.
-
-    `cubic` follows a lopsided curve over a wide grid; `local` looks near the minimum only.
-    """
+def minima(runs: Runs, budgets: np.ndarray | None = None) -> list[Minimum]:
+    """Give one Minimum a budget, least budget first; `budgets` labels the runs if given."""
     labels = group(runs.flops) if budgets is None else np.asarray(budgets)
     if len(labels) != len(runs.loss):
         raise BadInput(f"{len(labels)} budget labels for {len(runs.loss)} runs; give one a run")
-    found = [_minimum(runs.keep(labels == label), *METHODS[method]) for label in np.unique(labels)]
+    found = [_minimum(runs.keep(labels == label)) for label in np.unique(labels)]
     return sorted(found, key=lambda m: m.flops)
 
 
@@ -92,7 +87,7 @@ def pulls(runs: Runs, found: list[Minimum], budgets: np.ndarray | None = None) -
         flops = _mean_flops(runs.keep(rows))
         if flops in at:
             u, bottom = np.log(runs.params[rows]), math.log(found[at[flops]].params)
-            near = _nearest(u, bottom, METHODS["parabola"][1], 5)
+            near = _nearest(u, bottom)
             root = 1.0 if runs.sigma is None else 1 / runs.sigma[rows][near, None]
             design = np.vander(u[near] - bottom, 3, increasing=True) * root
             out[at[flops], rows[near]] = np.linalg.pinv(design)[0] * np.ravel(root)
@@ -111,13 +106,13 @@ def exponents(found: list[Minimum]) -> Exponents:
     return Exponents(a, a_se, b, b_se, log_params)
 
 
-def bias(runs: Runs, law: Surface | None = None) -> list[Bias]:
+def bias(runs: Runs) -> list[Bias]:
     """Estimate the parabola's bias on these runs' grid, from the law that they suggest.
 
-    The losses are replaced by those of `law` (the fitted Surface if none is given), whose minima
-    are known; FLOPs a parameter and token are each budget's geometric mean.
+    The losses are replaced by those of the fitted Surface, whose minima are known; FLOPs a
+    parameter and token are each budget's geometric mean.
     """
-    law = fit_law(runs, Surface).law if law is None else law
+    law = fit_law(runs, Surface).law
     said = runs._replace(loss=law.loss(runs.params, runs.tokens), sigma=None)
     labels, out = group(runs.flops), []
     for label in np.unique(labels):
@@ -150,29 +145,27 @@ def conventions(runs: Runs, counts: list[Parameters]) -> dict[str, Exponents]:
     return out
 
 
-def _minimum(runs, degree, window):
+def _minimum(runs):
     u = np.log(runs.params)
     flops = _mean_flops(runs)
     sizes = len(np.unique(u.round(6)))
-    if sizes < degree + 2:
+    if sizes < 4:
         i = int(runs.loss.argmin())
-        reason = f"{sizes} sizes; train {degree + 2} or more at this budget"
+        reason = f"{sizes} sizes; train 4 or more at this budget"
         return Minimum(flops, float(runs.params[i]), float(runs.tokens[i]), float(runs.loss[i]),
-                       math.nan, False, reason, (math.nan,) * (degree + 1), math.nan, 0.0)
+                       math.nan, False, reason, (math.nan,) * 3, math.nan, 0.0)
     bottom = u[runs.loss.argmin()]
     for _ in range(4):  # each pass centres the window on the last fitted bottom
-        near = _nearest(u, bottom, window, degree + 3)
+        near = _nearest(u, bottom)
         shift = u[near].mean()
-        curve, covariance, scatter = _curve(u[near] - shift, runs.keep(near), degree)
+        curve, covariance, scatter = _curve(u[near] - shift, runs.keep(near))
         bottom = shift + _bottom(curve, u[near] - shift)
-    powers = np.arange(degree + 1)
-    at = (bottom - shift) ** powers
-    bend = powers * (powers - 1) * (bottom - shift) ** np.maximum(powers - 2, 0)
+    at, bend = (bottom - shift) ** np.arange(3), 2 * curve[2]
     slope, level = np.polyfit(u[near], np.log(runs.tokens[near]), 1)
-    reason = _refusal(bend @ curve, math.sqrt(max(bend @ covariance @ bend, 0.0)), bottom, u)
+    reason = _refusal(bend, 2 * math.sqrt(max(covariance[2, 2], 0.0)), bottom, u)
     unshifted = np.polynomial.Polynomial(curve)(np.polynomial.Polynomial([-shift, 1.0])).coef
     return Minimum(flops, math.exp(bottom), math.exp(level + slope * bottom), float(at @ curve),
-                   float(bend @ curve), not reason, reason, tuple(map(float, unshifted)),
+                   float(bend), not reason, reason, tuple(map(float, unshifted)),
                    math.sqrt(max(at @ covariance @ at, 0.0)), scatter)
 
 
@@ -180,20 +173,20 @@ def _mean_flops(runs):
     return float(np.exp(np.log(runs.flops).mean()))
 
 
-def _nearest(u, centre, window, least):
-    """Mask the runs within the window, or the nearest sizes until `least` (or all) are in."""
+def _nearest(u, centre):
+    """Mask the runs within the window, or the nearest sizes until NEAREST (or all) are in."""
     far = np.abs(u - centre)
     sizes = np.sort(np.unique(far.round(6)))
-    needed = sizes[min(least, len(sizes)) - 1]
-    return far <= max(math.log(window), needed) + 1e-6
+    needed = sizes[min(NEAREST, len(sizes)) - 1]
+    return far <= max(math.log(WINDOW), needed) + 1e-6
 
 
-def _curve(v, runs, degree):
-    """Fit loss = p . (1, v, v^2 ..); give p, its covariance and the scatter."""
-    design = np.vander(v, degree + 1, increasing=True)
+def _curve(v, runs):
+    """Fit loss = p . (1, v, v^2); give p, its covariance and the scatter."""
+    design = np.vander(v, 3, increasing=True)
     root = np.ones(len(v)) if runs.sigma is None else 1 / runs.sigma
     p, *_ = np.linalg.lstsq(design * root[:, None], runs.loss * root, rcond=None)
-    squares, free = float(((design @ p - runs.loss) ** 2).sum()), len(v) - degree - 1
+    squares, free = float(((design @ p - runs.loss) ** 2).sum()), len(v) - 3
     scatter = math.sqrt(squares / free) if free > 0 else 0.0
     inverse = np.linalg.pinv((design * root[:, None]).T @ (design * root[:, None]))
     return p, inverse * (scatter**2 if runs.sigma is None else 1.0), scatter
@@ -201,14 +194,11 @@ def _curve(v, runs, degree):
 
 def _bottom(curve, v):
     """Give the v of the bottom, within e times of the runs; the lower end if there is none."""
-    polynomial = np.polynomial.Polynomial(curve)
-    flat = polynomial.deriv().trim(1e-9 * np.abs(curve).max()).roots()
-    flat = flat[np.isreal(flat)].real
-    low = flat[polynomial.deriv(2)(flat) > 0]
-    if len(low):
-        return float(np.clip(low[np.abs(low).argmin()], v.min() - 1, v.max() + 1))
+    _, slope, bend = curve
+    if 2 * bend > 1e-9 * np.abs(curve).max():
+        return float(np.clip(-slope / (2 * bend), v.min() - 1, v.max() + 1))
     ends = np.array([v.min(), v.max()])
-    return float(ends[polynomial(ends).argmin()])
+    return float(ends[np.polynomial.Polynomial(curve)(ends).argmin()])
 
 
 def _refusal(bend, bend_se, bottom, u):

@@ -1,7 +1,6 @@
 """Turn budgets into the cells of an isoFLOP sweep: which size, how many tokens, which cost."""
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -56,13 +55,12 @@ SWEEP_SHARE = 0.6  # of the compute; the rest is the larger run
 
 
 def propose(flops: float, shapes: list[Shape], device: Device, per_budget: int = 7,
-            spread: float = 4.0, batch_tokens: int = 512, law: Surface = PILOT,
-            noise: float = 0.003, dollars_per_hour: float = 0.0,
-            utilisation: float = 0.4) -> Proposal:
+            spread: float = 4.0, batch_tokens: int = 512, noise: float = 0.003,
+            dollars_per_hour: float = 0.0, utilisation: float = 0.4) -> Proposal:
     """Split training FLOPs into 5 budgets over 100 times and one larger run, and bill both.
 
-    The last budget is a seventh of the larger run's. `law` is what the losses are assumed to
-    follow and `noise` a run's standard deviation as a share of the loss.
+    The last budget is a seventh of the larger run's. Losses are assumed to follow PILOT; `noise`
+    is a run's standard deviation as a share of the loss.
     """
     require("per_budget", per_budget, 1, 1e6)
     require("noise", noise, 0, 1e6)
@@ -74,8 +72,8 @@ def propose(flops: float, shapes: list[Shape], device: Device, per_budget: int =
     best = min(shapes, key=lambda s: abs(math.log(parameters(s).law / centre(aim))))
     target = cell(aim, best, batch_tokens)
     params, tokens = (np.array([getattr(c, k) for c in cells], float) for k in ("params", "tokens"))
-    told = expected(params, tokens, (target.params, target.tokens), law,
-                    noise * float(law.loss(target.params, target.tokens)), math.log(best.V))
+    told = expected(params, tokens, (target.params, target.tokens), PILOT,
+                    noise * float(PILOT.loss(target.params, target.tokens)), math.log(best.V))
     bills = [bill(max(c.params for c in part), sum(c.tokens for c in part), device,
                   dollars_per_hour, utilisation, sum(c.flops for c in part))
              for part in (cells, [target])]
@@ -116,8 +114,8 @@ def centre(flops: float) -> float:
 
 
 def isoflop_grid(budgets: list[float], shapes: list[Shape], per_budget: int, spread: float,
-                 batch_tokens: int, centre: Callable[[float], float] = centre) -> list[Cell]:
-    """Choose `per_budget` shapes a budget, evenly in log params within `spread` of the centre.
+                 batch_tokens: int) -> list[Cell]:
+    """Choose `per_budget` shapes a budget, evenly in log params within `spread` of its `centre`.
 
     Fewer are taken where fewer fit; under 4 raise BadInput. Tokens are whole steps.
     """

@@ -25,13 +25,11 @@ def with_head(config: ModelConfig, params: Params, key: Array) -> Params:
     return {**params, "score_head": {"weight": weight, "bias": jnp.zeros(())}}
 
 
-def scores(
-    config: ModelConfig, params: Params, tokens: Int[Array, "B T"],
-    segments: Int[Array, "B T"] | None = None, plan: Plan = PLAIN,
-) -> Float[Array, "B T"]:
+def scores(config: ModelConfig, params: Params, tokens: Int[Array, "B T"],
+           plan: Plan = PLAIN) -> Float[Array, "B T"]:
     """Give the score at every position, having read the tokens up to and with it, float32."""
     model = _trunk(config, params, plan)
-    return _read(params, model.norm(model.states(tokens, segments, config.L)))
+    return _read(params, model.norm(model.states(tokens, None, config.L)))
 
 
 def last_scores(config: ModelConfig, params: Params, tokens: Int[Array, "B T"],

@@ -79,19 +79,13 @@ def gae(
     return advantages.T, jnp.where(mask > 0, advantages.T + values, 0.0)
 
 
-def whitened(
-    x: Float[Array, "B T"], mask: Float[Array, "B T"], shift: bool = True
-) -> Float[Array, "B T"]:
-    """Scale to variance 1 (Bessel's) over the real tokens, and to mean 0 if `shift`.
-
-    For advantages; for rewards without the shift, which would pay for length.
-    """
+def whitened(x: Float[Array, "B T"], mask: Float[Array, "B T"]) -> Float[Array, "B T"]:
+    """Scale advantages to mean 0 and variance 1 (Bessel's) over the real tokens."""
     real = mask > 0
     count = jnp.sum(real)
     mean = jnp.sum(jnp.where(real, x, 0.0)) / jnp.maximum(count, 1)
     apart = jnp.where(real, x - mean, 0.0)
-    scaled = apart * jax.lax.rsqrt(jnp.sum(apart**2) / jnp.maximum(count - 1, 1) + 1e-8)
-    return scaled if shift else jnp.where(real, scaled + mean, 0.0)
+    return apart * jax.lax.rsqrt(jnp.sum(apart**2) / jnp.maximum(count - 1, 1) + 1e-8)
 
 
 def group_advantages(
