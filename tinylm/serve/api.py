@@ -21,7 +21,7 @@ from tinylm.serve.answers import Answer, Delta
 from tinylm.serve.asked import Dials, Refused
 from tinylm.serve.engine import Engine, Model, Part, Request
 from tinylm.text import lines
-from tinylm.text.chat import read, render
+from tinylm.text.chat import prompted, read
 from tinylm.text.tokenizer import BOS
 
 LARGEST = 1_000_000
@@ -137,14 +137,11 @@ async def missing(http: Http, why: HTTPException) -> Response:
 
 
 def talk(model: Model, messages: Sequence[tuple[str, str]]) -> np.ndarray:
-    """Render a talk: by the template for a tuned model, as plain lines for a base model."""
-    if model.tuned:
-        return render(messages, model.tokenizer, prompt=True)[0]
-    if "system" in (role for role, _ in messages):
+    """Render a talk; a system prompt for a base model is refused."""
+    if not model.tuned and "system" in (role for role, _ in messages):
         raise Refused("messages", f"{model.name} is a base model and knows no system prompt; leave "
                                   "it out or ask a tuned model")
-    text = "\n".join(said for _, said in messages) + "\n"
-    return np.concatenate([[BOS], model.tokenizer.encode(text)])
+    return prompted(messages, model.tokenizer, model.tuned)
 
 
 class Asking:

@@ -57,6 +57,14 @@ def render(messages: Messages, tokenizer: Tokenizer,
     return np.concatenate(ids), np.concatenate(mask)
 
 
+def prompted(messages: Messages, tokenizer: Tokenizer, tuned: bool) -> np.ndarray:
+    """Give the ids of a talk to answer: by the template for a tuned model, else as plain lines."""
+    if tuned:
+        return render(messages, tokenizer, prompt=True)[0]
+    text = "\n".join(said for _, said in messages) + "\n"
+    return np.concatenate([[BOS], tokenizer.encode(text)])
+
+
 def written(text: str, tokenizer: Tokenizer) -> np.ndarray:
     """Give the ids (int32) of a message's text, behind a space unless it is empty."""
     return tokenizer.encode(text and f" {text}")

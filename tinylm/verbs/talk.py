@@ -10,7 +10,7 @@ from tyro.conf import Positional
 from tinylm.config import BadInput
 from tinylm.look import progress
 from tinylm.model import generate
-from tinylm.text.chat import read, render
+from tinylm.text.chat import prompted, read
 from tinylm.text.tokenizer import BOS, Tokenizer
 from tinylm.train import checkpoint
 from tinylm.verbs import models
@@ -76,12 +76,9 @@ def chat(target: Positional[Path], prompt: str = "", system: str = "", seed: int
 def rendered(said: Said, system: str, learnt: Tokenizer, T: int,
              tuned: bool) -> tuple[np.ndarray, Said]:
     """Render the talk, forgetting its oldest turns until half the context is left to answer."""
+    head = [("system", system)] if system else []
     while True:
-        if tuned:
-            head = [("system", system)] if system else []
-            ids = render([*head, *said], learnt, prompt=True)[0]
-        else:
-            ids = np.concatenate([[BOS], learnt.encode("\n".join(t for _, t in said) + "\n")])
+        ids = prompted([*head, *said], learnt, tuned)
         if len(ids) <= T // 2 or len(said) == 1:
             return ids, said
         said = said[2:]
