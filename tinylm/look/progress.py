@@ -322,3 +322,10 @@ def answer(value: dict[str, Any], as_json: bool, words: str) -> None:
         print(json.dumps(value))
     else:
         print(words)
+
+
+def outcome(record: dict[str, Any], as_json: bool, words: str) -> None:
+    """Show a run's record so, and exit with 1 where it did not end well."""
+    answer(record, as_json, words)
+    if record["status"] != "ok":
+        raise SystemExit(1)

@@ -74,9 +74,7 @@ def reward(parent: Positional[Path], out: Path, data: tuple[Path, ...] = (), sam
     with aside.kept(), progress.bar("reward model", steps) as event:
         record = judging.reward(out, config, parent, train, held, tokens.tokenizer_id,
                                 tokens.folder.parent, plan, event)
-    progress.answer(record, json, alignment.judged(record))
-    if record["status"] != "ok":
-        raise SystemExit(1)
+    progress.outcome(record, json, alignment.judged(record))
 
 
 def dpo(parent: Positional[Path], out: Path, data: tuple[Path, ...] = (), sampled: int = 0,
@@ -120,9 +118,7 @@ def dpo(parent: Positional[Path], out: Path, data: tuple[Path, ...] = (), sample
     plan = folders.plan_of(out, pairs, model.shape, model.compute)
     with aside.kept(), progress.bar("dpo", steps) as event:
         record = preferring.dpo(out, config, parent, train, held, tokens, plan, event)
-    progress.answer(record, json, alignment.preferred(record))
-    if record["status"] != "ok":
-        raise SystemExit(1)
+    progress.outcome(record, json, alignment.preferred(record))
 
 
 def ppo(parent: Positional[Path], out: Path, reward: tuple[Path, ...] = (),
@@ -227,9 +223,7 @@ def _optimised(method: Literal["ppo", "grpo"], parent, out, by: By, family, coun
     plan = folders.plan_of(out, rows, model.shape, model.compute)
     with progress.bar(method, config.rollouts * config.updates) as event:
         record = policies.policy(out, config, parent, prompts, judge, tokens, plan, event)
-    progress.answer(record, json, alignment.optimised(record, spent(out)))
-    if record["status"] != "ok":
-        raise SystemExit(1)
+    progress.outcome(record, json, alignment.optimised(record, spent(out)))
 
 
 def _tasks(family: tuple[str, ...], split: tasks.Split, count: int, seed: int) -> list[tasks.Task]:

@@ -83,9 +83,7 @@ def train(out: Path, corpus: tuple[str, ...] = (), field: str = "text", text: Pa
     plan = folders.plan_of(out, config.rows, model.shape, model.compute, devices, keep)
     with progress.bar("train", steps) as event:
         record = pretrain.pretrain(out, config, data, plan, event)
-    progress.answer(record, json, progress.result(record))
-    if record["status"] != "ok":
-        raise SystemExit(1)
+    progress.outcome(record, json, progress.result(record))
 
 
 def sweep(out: Path, budgets: tuple[float, ...], widths: tuple[int, ...],
@@ -188,9 +186,7 @@ def sft(parent: Positional[Path], out: Path, data: tuple[Path, ...] = (),
     plan = folders.plan_of(out, rows, config.shape, config.compute)
     with aside.kept(), progress.bar("sft", steps) as event:
         record = tuning.sft(out, wanted, parent, *packed, tokens, plan, event)
-    progress.answer(record, json, progress.result(record))
-    if record["status"] != "ok":
-        raise SystemExit(1)
+    progress.outcome(record, json, progress.result(record))
 
 
 def evaluate(target: Positional[Path], also: tuple[Path, ...] = (), tasks: int = 0,
