@@ -198,10 +198,10 @@ def plan_for(rows: int, T: int, D: int, compute: str, backend: str, count: int,
 
     The batch is split over `devices`, or over as many of the `count` at hand as divide it. A CPU
     calls our C and oneDNN where they are at hand. What a device of it holds at once is measured
-    (experiments/plan_choice.py, LOG): 512 tokens from D=256 on and 256 below; narrow models, which
-    wait for calls, 512 below 80 and 1024 below 40 (half of that in bf16) where C makes their loss,
-    else 128 below 40, for their logits have to stay in the cache. JAX before 0.12 also wants two
-    sequences at once from D=40 on (1.15 to 1.25 times the rate of one). An accelerator gets longer
+    (experiments/plan_choice.py, LOG): with our C 512 tokens, 1024 below D=40, half of either in
+    bf16 below 80; without it 512 from D=256 on, 256 below and 128 below 40, for the logits of
+    narrow models have to stay in the cache. JAX before 0.12 also wants two sequences at once from
+    D=40 on (1.15 to 1.25 times the rate of one). An accelerator gets longer
     chunks, members side by side and the library's attention; its layers are written out too
     (scanned, an H200 trains at 67% of the rate: D=768, L=12).
     """
@@ -215,11 +215,10 @@ def plan_for(rows: int, T: int, D: int, compute: str, backend: str, count: int,
     most, native = 64, cpu and bool(library.compiler(cache()))
     if cpu:
         old = tuple(map(int, importlib.metadata.version("jax").split(".")[:2])) < (0, 12)
-        tokens = 512 if D >= 256 else 256
-        if D < 80 and native:
-            tokens = (512 if D >= 40 else 1024) // (1 if compute == "f32" else 2)
-        elif D < 40:
-            tokens = 128
+        if native:
+            tokens = (1024 if D < 40 else 512) // (2 if D < 80 and compute != "f32" else 1)
+        else:
+            tokens = 128 if D < 40 else 256 if D < 256 else 512
         most = max(2 if old and D >= 40 else 1, tokens // T)
     micro = max(m for m in range(1, most + 1) if rows // devices % m == 0)
     every = 2048 if cpu and D < 40 else 512  # either is about ten seconds of a core
