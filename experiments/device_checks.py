@@ -39,7 +39,7 @@ import jax.numpy as jnp  # noqa: E402
 
 from tinylm import bench  # noqa: E402
 from tinylm.__main__ import arguments, guarded  # noqa: E402
-from tinylm.config import BadInput, to_json  # noqa: E402
+from tinylm.config import BadInput, require, to_json  # noqa: E402
 from tinylm.laws.accounting import flops_per_token  # noqa: E402
 from tinylm.look import progress  # noqa: E402
 from tinylm.model import attention  # noqa: E402
@@ -108,7 +108,9 @@ def main(args: Args) -> int:
     """Do every check, print a line each, keep the record of those done; 1 where any failed."""
     if args.nanogpt and not (args.nanogpt / "model.py").exists():
         raise BadInput(f"{args.nanogpt} holds no model.py; give a checkout of nanoGPT")
+    require("minutes", args.minutes, 0, 1e6)
     began, rows = time.monotonic(), []
+    keep(args, began, rows)  # a folder that cannot be written is told first
     for name, work in checks(args, TOY if args.toy else FULL, rows):
         row = {"check": name, "at_seconds": round(time.monotonic() - began, 1)}
         try:
@@ -121,11 +123,16 @@ def main(args: Args) -> int:
                 "error": f"{type(fault).__name__}: {fault}".splitlines()[0][:300]}}
         rows.append(row)
         progress.say(told(row))
-        files.write_json(args.results / ("toy.json" if args.toy else "device.json"), {
-            "schema": 1, "what": "device", "toy": args.toy, "versions": machine.versions(),
-            "environment": machine.environment(), "seconds": time.monotonic() - began,
-            "passed": all(r["passed"] for r in rows), "checks": rows})
+        keep(args, began, rows)
     return 0 if all(r["passed"] for r in rows) else 1
+
+
+def keep(args: Args, began: float, rows: list[dict[str, Any]]) -> None:
+    """Write the record of the checks that are done."""
+    files.write_json(args.results / ("toy.json" if args.toy else "device.json"), {
+        "schema": 1, "what": "device", "toy": args.toy, "versions": machine.versions(),
+        "environment": machine.environment(), "seconds": time.monotonic() - began,
+        "passed": all(r["passed"] for r in rows), "checks": rows})
 
 
 def told(row: dict[str, Any]) -> str:

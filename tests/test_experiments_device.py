@@ -104,3 +104,13 @@ def test_what_was_checked_is_kept_when_the_rest_is_cut_off(tmp_path, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         checks.main(checks.Args(tmp_path / "out", toy=True, results=tmp_path))
     assert [r["value"] for r in files.read_json(tmp_path / "toy.json")["checks"]] == [1.0]
+
+
+def test_what_cannot_be_kept_or_is_no_time_is_told_before_anything_is_checked(tmp_path, checks):
+    (tmp_path / "taken").write_text("a file where a folder is to be")
+    for more, words in (({"minutes": float("nan")}, "minutes=nan"),
+                        ({"minutes": -1.0}, "minutes=-1"),
+                        ({"results": tmp_path / "taken"}, "taken")):
+        with pytest.raises((BadInput, OSError), match=words):
+            checks.main(checks.Args(tmp_path / "out", toy=True, **more))
+    assert not (tmp_path / "out").exists()

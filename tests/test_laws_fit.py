@@ -76,6 +76,9 @@ def test_the_optimum_of_a_surface_is_the_least_of_a_scan():
         scan = params * np.geomspace(0.5, 2, 2001)
         losses = LAW.loss(scan, 1e20 / kappa / scan)
         assert loss <= losses.min() and scan[losses.argmin()] == pytest.approx(params, rel=1e-3)
+    for flat in (Surface(2.0, 4e-6, 6e-6, 1e-4, 1e-4), Surface(2.0, 6e-6, 4e-6, 1e-4, 1e-4)):
+        with pytest.raises(BadInput, match="this flat"):
+            flat.optimum(1e17)
 
 
 def test_the_budget_for_a_loss_is_the_inverse_of_the_loss_at_a_budget():

@@ -69,8 +69,8 @@ def test_bfloat16_operands_round_values_and_gradients_and_no_more(T, H, G, rows)
         np.testing.assert_allclose(ours, jnp.broadcast_to(ours[:1], ours.shape), atol=1e-6)
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu" or jax.__version_info__ < (0, 11),
-                    reason="the form is a CPU's; jax 0.10 multiplies some of them in float32")
+@pytest.mark.skipif(jax.default_backend() != "cpu" or jax.__version_info__ < (0, 12),
+                    reason="the form is a CPU's; jax before 0.12 has some in float32")
 def test_no_bfloat16_product_of_a_block_falls_back_to_float32():
     *qkv, _ = (a[:1] for a in drawn(256, 4, 4))
     visible = np.tril(np.ones((1, 256, 256), bool))

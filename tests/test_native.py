@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tinylm import machine
+from tinylm import files, machine
 from tinylm.config import BadInput
 from tinylm.model import attention, block
 from tinylm.model.decoder import ModelConfig, init, rebuild
@@ -313,6 +313,11 @@ def test_a_run_that_uses_it_is_bound_to_its_version(part, asked, tmp_path, monke
         settle()
     run.adopt(tmp_path / "run")
     assert settle() == plan
+    kept = tmp_path / "run/environment.json"
+    files.write_json(kept, files.read_json(kept) | {"threads": "one"})
+    assert not run.adopt(tmp_path / "run")  # a sweep's worker goes on with one, an adopter has more
+    monkeypatch.setattr(machine, "environment", lambda: {**true, part: "9.8"})
+    assert run.adopt(tmp_path / "run") and files.read_json(kept)["threads"] == "one"
     monkeypatch.setattr(machine, "environment", lambda: {**true, "backend": "tpu"})
     with pytest.raises(BadInput, match="backend=.*, this is backend='tpu'; go on as it was begun, "
                        "or choose"):

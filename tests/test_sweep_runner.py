@@ -185,7 +185,8 @@ def test_another_list_in_the_same_folder_is_refused(whole, config, data):  # noq
         runner.sweep(whole[0], [config], data.folder)
 
 
-def test_the_rest_of_a_sweep_is_trained_as_it_was_begun_or_adopted_on_record(configs, tmp_path):
+def test_the_rest_of_a_sweep_is_trained_as_it_was_begun_or_adopted_on_record(configs, tmp_path,
+                                                                                monkeypatch):
     wanted = {cells.name(c): c for c in configs}
     runner._settle(tmp_path, wanted, 2)
     begun = runner._settle(tmp_path, wanted, 2)
@@ -207,6 +208,20 @@ def test_the_rest_of_a_sweep_is_trained_as_it_was_begun_or_adopted_on_record(con
     without = {n: p | dict.fromkeys(machine.LIBRARIES, False) for n, p in begun["plans"].items()}
     files.write_json(place, begun | {"plans": without, "native": "9.9"})
     runner._settle(tmp_path, wanted, 0)  # which none of its plans uses
+    used = {n: p | dict.fromkeys(machine.LIBRARIES, True) for n, p in begun["plans"].items()}
+    name = next(iter(wanted))
+    files.write_json(tmp_path / name / "plan.json", used[name])
+    files.write_json(place, begun | {"plans": used, "instructions": "avx"})
+    monkeypatch.setattr(machine, "basis", lambda backend: {
+        "backend": backend, "instructions": "fma", **dict.fromkeys(machine.LIBRARIES, "")})
+    assert run.adopt_sweep(place)  # what has not begun is done without what is not here
+    assert [p["native"] for p in files.read_json(place)["plans"].values()] == [
+        n == name for n in wanted]
+    for broken in ({"plans": None}, {"plans": {}}, {"plans": dict.fromkeys(wanted, 3)},
+                   {"packs": None}, {"workers": "x"}):
+        files.write_json(place, begun | broken)
+        with pytest.raises(BadInput, match="lists no plans, packs or workers; delete it"):
+            runner._settle(tmp_path, wanted, 0)
     files.write_json(place, begun | {"backend": "tpu"})
     for go_on in (lambda: runner._settle(tmp_path, wanted, 0), lambda: run.adopt_sweep(place)):
         with pytest.raises(BadInput, match=f"{tmp_path} was begun with backend='tpu', this is "

@@ -262,6 +262,8 @@ def test_a_step_that_is_not_finite_is_passed_by_where_that_is_asked_for():
     assert list(metrics["skipped"]) == [0, 1, 0] and int(after.step) == 3
     row = loop._row({k: np.asarray(v) for k, v in metrics.items()}, 0, 3, 8)
     assert row["train/skipped"] == pytest.approx(1 / 3) and row["train/nats_per_token"] > 0
+    row = loop._row({k: np.asarray(v)[1:] for k, v in metrics.items()}, 0, 1, 8)
+    assert row["train/skipped"] == 1 and row["train/nats_per_token"] is None
     plain = jax.jit(step.make_step(loss, tx, machine.mesh(1), 4))
     other, _ = begun()
     other, _ = plain(other, seen[0])

@@ -261,10 +261,14 @@ def test_fit_of_a_sweep_honours_its_flags_or_refuses_them(forecast):
 
 
 def test_a_dry_run_lists_as_json_what_its_table_shows(monkeypatch, tmp_path):
-    data = SimpleNamespace(id="d", train=np.zeros(10**6, np.uint16))
+    text = np.zeros(10**6, np.uint16)
+    data = SimpleNamespace(id="d", V=1024, train=text, heldout=text[:10**4])
     monkeypatch.setattr(folders, "prepared", lambda *_, **__: (data, None))
-    done = tinylm("sweep", "--out", tmp_path / "x", "--budgets", 1e10, "--widths", 8, 12, 16, 20,
-                  24, "--spread", 30, "--dry-run", "--json")
+    asked = ("sweep", "--out", tmp_path / "x", "--widths", 8, 12, 16, 20, 24, "--spread", 30,
+             "--dry-run", "--json", "--budgets")
+    done = tinylm(*asked, 1e13)
+    assert done.returncode == 2 and "at most 4 are allowed" in done.stderr
+    done = tinylm(*asked, 1e10)
     told = json.loads(done.stdout)
     assert sorted(r["width"] for r in told["runs"]) == [8, 12, 16, 20, 24]
     assert told["flops"] == pytest.approx(sum(r["FLOPs"] for r in told["runs"]))

@@ -62,6 +62,9 @@ BITS = ("backend", "device", "instructions", "xla_flags", "matmul_precision", "t
 LIBRARIES = ("onednn", "native")
 """those of them that matter to a plan that has a field of the name set"""
 
+BOUND = ("backend", "threads")
+"""those that a begun run cannot change: its plan is for the one, what launched it set the other"""
+
 PLAIN = Plan()
 """one model on one device, layers written out: how a loss is evaluated"""
 

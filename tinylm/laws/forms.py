@@ -78,6 +78,9 @@ class Surface(Law):
                            "runs do not show one")
         ratio = np.log(self.alpha * self.A) - np.log(self.beta * self.B)
         log_params = (ratio + self.beta * np.log(flops / kappa)) / both
+        if not abs(log_params) < 700:
+            raise BadInput("a surface this flat has its best size beyond all numbers; these runs "
+                           "do not show one")
         params = float(np.exp(log_params))
         tokens = flops / kappa / params
         return params, tokens, float(self.loss(params, tokens))

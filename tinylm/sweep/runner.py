@@ -101,10 +101,17 @@ def _settle(folder: Path, wanted: dict[str, PretrainConfig], population: int) ->
         if population not in (0, listed.get("population", population)):
             raise BadInput(f"{folder} was begun with --population {listed['population']}, not "
                            f"{population}; go on with that or choose a new folder")
+        plans = listed.get("plans")
+        if not (isinstance(plans, dict) and plans.keys() == wanted.keys()
+                and all(isinstance(p, dict) for p in plans.values())
+                and isinstance(listed.get("packs"), list)
+                and isinstance(listed.get("workers"), int)):
+            raise files.Damaged(f"{place} lists no plans, packs or workers; delete it and run "
+                                "again")
         if not all(run.record(folder / n) for n in wanted):
             run.same(place, listed, run.surroundings(), tuple(
                 k for k in run.surroundings() if k in listed and (
-                    k not in machine.LIBRARIES or any(p.get(k) for p in listed["plans"].values()))))
+                    k not in machine.LIBRARIES or any(p.get(k) for p in plans.values()))))
         return listed
     backend, count = machine.survey()
     alone = backend != "cpu" or len(wanted) == 1

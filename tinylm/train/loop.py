@@ -203,8 +203,8 @@ def _by_member(metrics: Metrics) -> list[dict[str, np.ndarray]]:
 
 def _row(metrics: dict[str, np.ndarray], first: int, n: int, tokens_a_step: int) -> dict[str, Any]:
     taken = ~(metrics["skipped"][:n] > 0) if "skipped" in metrics else slice(None)
-    means = {f"train/{k}": float(np.mean(v[:n][taken] if k != "skipped" else v[:n]))
-             for k, v in metrics.items()}
+    kept = {f"train/{k}": v[:n][taken] if k != "skipped" else v[:n] for k, v in metrics.items()}
+    means = {k: float(np.mean(v)) if len(v) else np.nan for k, v in kept.items()}
     sound = {k: v if np.isfinite(v) else None for k, v in means.items()}
     return {"step": first + n, "tokens": (first + n) * tokens_a_step, **sound}
 

@@ -80,19 +80,21 @@ def adopt(folder: Path) -> bool:
     """Let a run that has begun go on with the code, versions and machine of here, on record.
 
     False where nothing differs. What it was begun with stays in its config.json and its record.
-    Its plan stays too, so a run cannot change its backend: BadInput.
+    So does its plan, and what `machine.BOUND` names; another backend raises BadInput.
     """
     folder = Path(folder)
     if record(folder) is not None:
         raise BadInput(f"{folder} is finished and needs no other machine; train a new run")
     begun, kept = (files.read_json(folder / name) for name in ("config.json", "environment.json"))
     before = {"code_id": begun["code_id"], "versions": begun["versions"],
-              **{name: kept[name] for name in machine.BITS if name in kept}}
+              **{name: kept[name] for name in machine.BITS
+                 if name in kept and name != "threads"}}
     here = {"code_id": code_id(), "versions": machine.versions(), **machine.environment()}
     if all(here[name] == value for name, value in before.items()):
         return False
     same(folder / "config.json", before, here, ("backend",) if "backend" in before else ())
-    files.write_json(folder / "environment.json", {**kept, **machine.environment()})
+    files.write_json(folder / "environment.json", {
+        **kept, **machine.environment(), "threads": kept.get("threads", "several")})
     files.write_json(folder / "config.json", {
         **begun, "code_id": here["code_id"], "versions": here["versions"],
         "adopted_from": [*begun.get("adopted_from", []), before]})
@@ -100,13 +102,19 @@ def adopt(folder: Path) -> bool:
 
 
 def adopt_sweep(place: Path) -> bool:
-    """Let a sweep train its other runs with what is here, as `adopt` does; its list says so."""
+    """Let a sweep train its other runs with what is here, as `adopt` does; its list says so.
+
+    The plans of those that have not begun no longer name a library that is not here.
+    """
     found, here = listed(place), surroundings()
     before = {name: found[name] for name in here if name in found}
     if all(here[name] == value for name, value in before.items()):
         return False
     same(place, before, here, ("backend",) if "backend" in before else ())
-    files.write_json(place, {**found, **here,
+    lacking = {name: False for name in machine.LIBRARIES if not here[name]}
+    plans = {n: p if planned(place.parent / n) else {**p, **lacking}
+             for n, p in found.get("plans", {}).items()}
+    files.write_json(place, {**found, **here, "plans": plans,
                              "adopted_from": [*found.get("adopted_from", []), before]})
     return True
 
@@ -253,7 +261,7 @@ def same(place: Path, old: dict[str, Any], new: dict[str, Any], keys: tuple[str,
     for key in keys:
         if old.get(key) != new[key]:
             before, after = _first_difference(old.get(key), new[key], key)
-            taken = "" if key in ("kind", "config", "backend") else (
+            taken = "" if key in ("kind", "config", *machine.BOUND) else (
                 f"`tinylm adopt {place.parent}` to go on here and have that recorded, ")
             raise BadInput(f"{place.parent} was begun with {before}, this is {after}; "
                            f"go on as it was begun, {taken}or choose a new folder")

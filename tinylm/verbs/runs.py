@@ -118,14 +118,14 @@ def sweep(out: Path, budgets: tuple[float, ...], widths: tuple[int, ...],
     chosen = cells.grid(ladder, budgets, per_budget, spread, batch)
     runs = [cells.config(c, ladder, optim, rule, batch, data.id, seed) for c in chosen]
     wanted, runs = len(runs), shared(runs, rule) if trunks else runs
+    for one in runs:
+        pretrain.check_memory(one.model)
+        pretrain.check(one, data, machine.Plan())
     if dry_run:
         found = progress.expected({"sweep": runs}, data, 1e11)
         progress.say(progress.listing(found))
         progress.answer(found, json, "nothing was trained")
         return
-    for one in runs:
-        pretrain.check_memory(one.model)
-        pretrain.check(one, data, machine.Plan())
     with progress.live("sweep") as watch:
         records = runner.sweep(out / "runs", runs, data.folder, watch, population)
     failed = wanted - sum(r["status"] == "ok" for r in records)
