@@ -169,7 +169,8 @@ def test_sft_exits_as_train_does(monkeypatch, tmp_path, status, code):
     talks = tmp_path / "talks.jsonl"
     turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     talks.write_text(json.dumps({"messages": turn}) + "\n")
-    assert tinylm("sft", "run", "--out", tmp_path / "out", "--data", talks).returncode == code
+    done = tinylm("sft", "run", "--out", tmp_path / "out", "--data", talks)
+    assert done.returncode == code and ("with a lower rate" in done.stderr) == (code == 1)
 
 
 @pytest.mark.parametrize("words", [

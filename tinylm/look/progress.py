@@ -328,4 +328,5 @@ def outcome(record: dict[str, Any], as_json: bool, words: str) -> None:
     """Show a run's record so, and exit with 1 where it did not end well."""
     answer(record, as_json, words)
     if record["status"] != "ok":
+        say(f"{record['id']} {record['status']}: train it again with a lower rate in a new folder")
         raise SystemExit(1)
