@@ -28,6 +28,7 @@ def test_two_of_three_sizes_suffice_and_exact_flops_are_kept(tmp_path):
 
 @pytest.mark.parametrize("text, words", [
     ("params,tokens,loss\n1,2,3\n1,x,3\n", ("runs.csv:3", "tokens='x'", "number")),
+    ("params,tokens,loss\n1,2,3e200\n", ("runs.csv:2", "loss=3e200", "below 1e100")),
     ("params,tokens,loss\n1,2,-3\n", ("runs.csv:2", "loss=-3", "above 0")),
     ("params,tokens,loss\n1,2\n", ("runs.csv:2", "loss=None")),
     ("params,tokens,loss\n1,2,nan\n", ("runs.csv:2", "loss=nan", "above 0")),

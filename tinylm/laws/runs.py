@@ -164,8 +164,8 @@ def _any_case(name):
 def _column(path, lines, texts, name):
     try:
         values = np.array(texts, dtype=float)
-        bad = ~(np.isfinite(values) & (values > 1e-100))
-        remedy = "a finite number above 0"
+        bad = ~((values > 1e-100) & (values < 1e100))  # whose squares are numbers too
+        remedy = "a number above 0 and below 1e100"
     except ValueError:
         bad, remedy = np.array([not _is_number(text) for text in texts]), "a number"
         texts = [repr(text) for text in texts]
