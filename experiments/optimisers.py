@@ -3,10 +3,10 @@
 question   Each tuned over 6 rates at three widths and 3 seeds: how do the best losses compare after
            equal tokens, and after equal time? Does Muon's best rate stay where it is too?
 command    python experiments/optimisers.py --out studies/optimisers
-cost       about 30 minutes on two cores
+cost       about 20 minutes on two cores
 expected   Muon lower at equal tokens by .02 nats or more; at equal time undecided at small widths
-result     Muon lower by .072 to .078 nats at equal tokens; at equal time -.039, -.038, +.045 at
-           widths 24, 64, 128, where a step takes 1.14, 1.12, 1.36 times the time: AdamW stays
+result     Muon lower by .072 to .078 nats at equal tokens; at equal time -.041, +.010, +.034 at
+           widths 24, 64, 128, where a step takes 1.12, 1.29, 1.32 times the time: AdamW stays
 """
 
 import functools

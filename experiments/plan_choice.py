@@ -8,8 +8,8 @@ command    python experiments/plan_choice.py --results experiments/results
 cost       about 5 minutes on one core
 expected   the rule within 5% of the best at every width, and a measurement of all plans of a shape
            dearer than that gains over a run of the default study
-result     within 1% at widths 12 to 96, 3% behind four at once at 160; 1.59, 1.52, 1.46, 1.19 and
-           1.29 times XLA's best; 12 to 21 s to compile a width's seven plans (plan_choice.json)
+result     the best at widths 12 to 160; 1.82, 1.62, 1.48, 1.34 and 1.33 times XLA's best (two Zen
+           4 cores); 3 to 12 s to compile a width's seven plans, most kept (plan_choice.json)
 """
 
 import sys
