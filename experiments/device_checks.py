@@ -110,7 +110,7 @@ def main(args: Args) -> int:
         raise BadInput(f"{args.nanogpt} holds no model.py; give a checkout of nanoGPT")
     require("minutes", args.minutes, 0, 1e6)
     began, rows = time.monotonic(), []
-    keep(args, began, rows)  # a folder that cannot be written is told first
+    args.results.mkdir(parents=True, exist_ok=True)  # what cannot be written is told first
     for name, work in checks(args, TOY if args.toy else FULL, rows):
         row = {"check": name, "at_seconds": round(time.monotonic() - began, 1)}
         try:
@@ -123,16 +123,17 @@ def main(args: Args) -> int:
                 "error": f"{type(fault).__name__}: {fault}".splitlines()[0][:300]}}
         rows.append(row)
         progress.say(told(row))
-        keep(args, began, rows)
-    return 0 if all(r["passed"] for r in rows) else 1
+        keep(args, began, rows, False)
+    keep(args, began, rows, passed := all(r["passed"] for r in rows))
+    return 0 if passed else 1
 
 
-def keep(args: Args, began: float, rows: list[dict[str, Any]]) -> None:
-    """Write the record of the checks that are done."""
+def keep(args: Args, began: float, rows: list[dict[str, Any]], passed: bool) -> None:
+    """Write the record of the checks that are done; `passed` is of all of them."""
     files.write_json(args.results / ("toy.json" if args.toy else "device.json"), {
         "schema": 1, "what": "device", "toy": args.toy, "versions": machine.versions(),
         "environment": machine.environment(), "seconds": time.monotonic() - began,
-        "passed": all(r["passed"] for r in rows), "checks": rows})
+        "passed": passed, "checks": rows})
 
 
 def told(row: dict[str, Any]) -> str:

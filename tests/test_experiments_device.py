@@ -103,7 +103,11 @@ def test_what_was_checked_is_kept_when_the_rest_is_cut_off(tmp_path, monkeypatch
     monkeypatch.setattr(checks, "checks", two)
     with pytest.raises(KeyboardInterrupt):
         checks.main(checks.Args(tmp_path / "out", toy=True, results=tmp_path))
-    assert [r["value"] for r in files.read_json(tmp_path / "toy.json")["checks"]] == [1.0]
+    found = files.read_json(tmp_path / "toy.json")
+    assert [r["value"] for r in found["checks"]] == [1.0] and not found["passed"]
+    monkeypatch.setattr(checks, "checks", lambda *_: [("first", lambda: checks.Found(1.0, "x"))])
+    assert checks.main(checks.Args(tmp_path / "out", toy=True, results=tmp_path)) == 0
+    assert files.read_json(tmp_path / "toy.json")["passed"]
 
 
 def test_what_cannot_be_kept_or_is_no_time_is_told_before_anything_is_checked(tmp_path, checks):

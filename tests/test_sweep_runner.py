@@ -157,6 +157,14 @@ def test_a_member_that_cannot_train_is_a_row_that_says_so_and_the_rest_goes_on(
     assert run.record(tmp_path / "runs" / cells.name(greedy)) is None
 
 
+def test_why_a_run_failed_is_written_by_its_holder_alone(tmp_path, config):  # noqa: F811
+    with leases.hold(tmp_path / "run"):  # who else takes it sweeps out what lies half written
+        worker._failed(tmp_path, "run", config, ValueError("one"))
+        assert not (tmp_path / "run/failure.json").exists()
+    worker._failed(tmp_path, "run", config, ValueError("two"))
+    assert files.read_json(tmp_path / "run/failure.json")["reason"] == "ValueError: two"
+
+
 def test_each_shape_has_one_worker_and_who_is_done_helps_the_others(config):  # noqa: F811
     runs = {f"D{width} {steps}": replace(config, model=replace(config.model, D=width), steps=steps)
             for width, steps in ((8, 100), (8, 90), (8, 2), (12, 80), (16, 70), (16, 10), (20, 9),

@@ -109,8 +109,9 @@ def _settle(folder: Path, wanted: dict[str, PretrainConfig], population: int) ->
             raise files.Damaged(f"{place} lists no plans, packs or workers; delete it and run "
                                 "again")
         if not all(run.record(folder / n) for n in wanted):
-            run.same(place, listed, run.surroundings(), tuple(
-                k for k in run.surroundings() if k in listed and (
+            here = run.surroundings()
+            run.same(place, listed, here, tuple(
+                k for k in here if k in listed and (
                     k not in machine.LIBRARIES or any(p.get(k) for p in plans.values()))))
         return listed
     backend, count = machine.survey()

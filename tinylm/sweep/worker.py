@@ -145,7 +145,8 @@ def _together(folder: Path, configs: dict[str, Any], data: Any, plan: machine.Pl
 
 def _failed(folder: Path, name: str, config: Any, fault: Exception) -> None:
     reason = f"{type(fault).__name__}: {fault}".splitlines()[0]
-    run.fail(folder / name, config, config.kind, reason)
+    with contextlib.suppress(leases.Owned), leases.hold(folder / name):  # who has it now tells
+        run.fail(folder / name, config, config.kind, reason)
     say(failed=name, reason=reason)
 
 
